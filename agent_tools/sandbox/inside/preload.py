@@ -1,0 +1,98 @@
+"""What a worker loads before its first script, so that every script finds it loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from agent_tools.sandbox.inside.script import PATH_FDS
+
+# What scripts of the suites import; importing here makes them free there.
+PRELOAD = (
+    "csv", "datetime", "itertools", "json", "math", "pickle", "re", "statistics", "warnings",
+    "numpy", "pandas", "scipy.sparse", "scipy.stats", "scipy.optimize", "joblib", "sklearn",
+    *(f"sklearn.{name}" for name in (
+        "calibration", "cluster", "compose", "decomposition", "discriminant_analysis", "dummy",
+        "ensemble", "feature_extraction.text", "feature_selection", "gaussian_process", "impute",
+        "isotonic", "kernel_approximation", "kernel_ridge", "linear_model", "metrics",
+        "mixture", "model_selection", "multiclass", "multioutput", "naive_bayes", "neighbors",
+        "neural_network", "pipeline", "preprocessing", "random_projection", "svm", "tree",
+    )),
+)  # fmt: skip
+
+
+def open_unreachable_path() -> None:
+    """Let scripts import from folders that their user cannot reach (a Python below /root).
+
+    Such folders are opened here and imported through /proc/self/fd, which needs no right on the
+    folders above them.
+    """
+    free = iter(PATH_FDS)
+
+    def reachable(path: Path) -> bool:
+        return all(part.stat().st_mode & 0o001 for part in (path, *path.parents) if part.is_dir())
+
+    def moved(entry: str) -> str:
+        path = Path(entry)
+        if not entry or not path.is_dir() or reachable(path.resolve()):
+            return entry
+        fd = os.open(entry, os.O_PATH | os.O_DIRECTORY)
+        target = next(free)
+        os.dup2(fd, target, inheritable=True)
+        os.close(fd)
+        return f"/proc/self/fd/{target}"
+
+    names = {entry: moved(entry) for entry in sys.path}
+    sys.path[:] = [names[entry] for entry in sys.path]
+    for module in list(sys.modules.values()):
+        where = getattr(module, "__path__", None)
+        if isinstance(where, list):
+            for old, new in names.items():
+                where[:] = [
+                    new + place[len(old) :] if old and place.startswith(old + "/") else place
+                    for place in where
+                ]
+    sys.path_importer_cache.clear()
+
+
+def preload() -> dict[str, str]:
+    """Import what scripts use and run the usual calls once; versions of the main packages."""
+    for name in PRELOAD:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    if "sklearn.pipeline" in sys.modules:
+        _warm_up()
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("threadpoolctl").threadpool_limits(1)
+    versions = {"python": sys.version.split()[0]}
+    for name in ("numpy", "pandas", "sklearn"):
+        if name in sys.modules:
+            versions[name] = str(sys.modules[name].__version__)
+    return versions
+
+
+def _warm_up() -> None:
+    """First calls import and build tables; done here they cost the scripts nothing."""
+    import io
+
+    import numpy as np
+    import pandas as pd
+    from sklearn.compose import make_column_transformer
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    text = "id,a,b,target\n" + "".join(f"{i},{i % 7}.5,{'xyz'[i % 3]},{i % 2}\n" for i in range(60))
+    frame = pd.read_csv(io.StringIO(text))
+    columns = make_column_transformer(
+        (make_pipeline(SimpleImputer(), StandardScaler()), ["a"]), (OneHotEncoder(), ["b"])
+    )
+    make_pipeline(columns, LogisticRegression()).fit(frame, frame.target).predict_proba(frame)
+    numbers = np.asarray(frame[["a"]])
+    HistGradientBoostingClassifier(max_iter=2).fit(numbers, frame.target).predict(numbers)
+    frame.to_csv(io.StringIO(), index=False)

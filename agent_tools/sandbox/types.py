@@ -1,0 +1,121 @@
+"""What a caller gives the sandbox and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol
+
+from agent_tools.errors import UserError
+
+Status = Literal["ok", "error", "timeout", "memory", "killed", "infra"]
+PoolKind = Literal["bubblewrap", "process"]
+
+
+class SandboxError(UserError):
+    """A job or a pool was asked for with values that cannot work."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one script may use. All limits count the script with everything it starts.
+
+    cpu_seconds    CPU-seconds (fractions work: 0.2)
+    wall_seconds   wall-clock seconds; None is three times cpu_seconds
+    memory_mb      MiB on top of what the warm worker already holds
+    file_mb        MiB a written file may reach
+    processes      processes and threads at once
+    output_bytes   bytes kept of stdout and of stderr, each; the rest is read and thrown away
+    """
+
+    cpu_seconds: float = 3.0
+    wall_seconds: float | None = None
+    memory_mb: int = 1536
+    file_mb: int = 64
+    processes: int = 32
+    output_bytes: int = 20_000
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_seconds", "memory_mb", "file_mb", "processes", "output_bytes"):
+            if not getattr(self, name) > 0:
+                raise SandboxError(f"sandbox limit {name} = {getattr(self, name)}: must be above 0")
+        if self.wall_seconds is not None and not self.wall_seconds > 0:
+            raise SandboxError(f"sandbox limit wall_seconds = {self.wall_seconds}: must be above 0")
+
+    @property
+    def wall(self) -> float:
+        """The wall-clock limit in seconds."""
+        return 3 * self.cpu_seconds if self.wall_seconds is None else self.wall_seconds
+
+
+@dataclass(frozen=True)
+class ScriptJob:
+    """One Python script.
+
+    code      the text; it runs as `__main__` in a fresh folder
+    inputs    a folder; its files (with sub-folders) appear in the script's folder
+    outputs   plain names of files that the script must write; a missing one is an error
+    """
+
+    code: str
+    inputs: Path
+    outputs: tuple[str, ...] = ("submission.csv",)
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name in self.outputs:
+            if not name or "/" in name or "\0" in name or name in (".", ".."):
+                raise SandboxError(f"sandbox output {name!r}: give a plain file name")
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    """What became of a script.
+
+    status      ok · error (exception, exit code above 0, missing or unusable output) ·
+                timeout (CPU or wall) · memory · killed (a signal, too many processes) ·
+                infra (the sandbox failed, not the script)
+    files       the outputs, as bytes; empty unless status is ok
+    cpu_s       CPU-seconds of the script and all it started
+    wall_s      wall-clock seconds from fork to the last process gone
+    """
+
+    status: Status
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    files: dict[str, bytes]
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def last_line(self) -> str:
+        """The last non-empty line of stderr: for a Python error, the exception."""
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        return lines[-1].strip() if lines else ""
+
+
+class ScriptPool(Protocol):
+    """A fixed number of warm workers. Results come in the order of the jobs."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Protections that this host does not give, one sentence each."""
+
+    def run(self, jobs: Sequence[ScriptJob]) -> list[ScriptResult]: ...
+
+    def submit(self, job: ScriptJob) -> Future[ScriptResult]: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> ScriptPool: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
