@@ -1,0 +1,248 @@
+"""``python -m agent_tools.mle_bench list | prepare | grade | fit``.
+
+Exit codes: 0 done, 1 the answer is no (an invalid submission, a field that fails its checks),
+2 usage, 5 infrastructure. With ``--json`` stdout carries JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent_tools.errors import InfraError, UserError
+from agent_tools.mle_bench.registry import (
+    COMPETITIONS,
+    DEFAULT_SUITE,
+    Competition,
+    Suite,
+    Which,
+    load_competition,
+    load_suite,
+)
+
+if TYPE_CHECKING:
+    from agent_tools.sandbox import ScriptPool
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
+
+SuiteOption = Annotated[str, typer.Option("--suite", help="name of the suite")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data-dir", help="data folder [default: SELFEVO_DATA or .data]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+WhichOption = Annotated[str, typer.Option("--which", help="private or dev")]
+
+
+def main() -> None:
+    """Run the command; user and infrastructure errors become one line and an exit code."""
+    try:
+        app(prog_name="python -m agent_tools.mle_bench")
+    except (UserError, InfraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command("list")
+def list_command(
+    suite: SuiteOption = DEFAULT_SUITE, data_dir: DataOption = None, as_json: JsonOption = False
+) -> None:
+    """Show the suite's competitions, their facts and their medal thresholds."""
+    rows = [_list_row(load_suite(suite), id_, data_dir) for id_ in load_suite(suite).ids()]
+    if as_json:
+        print(json.dumps({"suite": suite, "competitions": rows}))
+        return
+    print(
+        f"{'competition':20} {'split':6} {'kind':11} {'metric':8} gold / silver / bronze / median"
+    )
+    for row in rows:
+        limits = row["thresholds"]
+        shown = " / ".join(f"{value:.5f}" for value in limits.values()) if limits else "not fitted"
+        print(
+            f"{row['id']:20} {row['split']:6} {row['facts']['kind']:11} {row['metric']:8} {shown}"
+            if row["prepared"]
+            else f"{row['id']:20} {row['split']:6} not prepared"
+        )
+
+
+def _list_row(suite: Suite, competition_id: str, data_dir: Path | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from agent_tools.mle_bench.medals import medal_thresholds
+    from agent_tools.mle_bench.registry import ref_of
+
+    ref = ref_of(competition_id, suite)
+    row: dict[str, Any] = {"id": ref.id, "split": ref.split, "strata": ref.strata}
+    try:
+        competition = load_competition(ref.id, data_dir, suite=suite)
+    except UserError as error:
+        return row | {"prepared": False, "reason": str(error)}
+    board = competition.leaderboard
+    return row | {
+        "prepared": True,
+        "metric": competition.metric,
+        "lower_is_better": competition.lower_is_better,
+        "facts": asdict(competition.facts),
+        "entries": len(board),
+        "thresholds": asdict(medal_thresholds(board, competition.lower_is_better))
+        if board
+        else None,
+    }
+
+
+@app.command()
+def prepare(
+    suite: SuiteOption = DEFAULT_SUITE,
+    competition: Annotated[str | None, typer.Option("--competition", help="only this one")] = None,
+    data_dir: DataOption = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="write data_hashes.yaml instead of checking it")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the data of a suite; does nothing where it is already there and right."""
+    from agent_tools.mle_bench.prepare import data_root, prepare_competition
+
+    start = time.monotonic()
+    ids = [competition] if competition else list(load_suite(suite).ids())
+    states: dict[str, str] = {}
+    for competition_id in ids:
+        states[competition_id] = prepare_competition(competition_id, data_dir, freeze=freeze)
+        print(f"{competition_id}: {states[competition_id]}", file=sys.stderr)
+    seconds = round(time.monotonic() - start, 2)
+    if as_json:
+        where = str(data_root(data_dir))
+        print(json.dumps({"data_dir": where, "competitions": states, "seconds": seconds}))
+
+
+@app.command()
+def grade(
+    competition: Annotated[str, typer.Option("--competition", help="competition id")],
+    submission: Annotated[Path, typer.Option("--submission", help="a .csv file")],
+    which: WhichOption = "private",
+    data_dir: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Grade one submission; exit code 1 if it is invalid."""
+    from agent_tools.mle_bench import grading
+
+    report = grading.grade(load_competition(competition, data_dir), submission, _which(which))
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    elif not report.valid:
+        print(f"{competition} ({which}): invalid: {report.error}")
+    else:
+        medal = next((m for m in ("gold", "silver", "bronze") if getattr(report, m)), "no medal")
+        print(
+            f"{competition} ({which}): score {report.score:.5f}, percentile "
+            f"{report.percentile:.1f}, {medal} (offline medal)"
+        )
+    raise typer.Exit(0 if report.valid else 1)
+
+
+def _which(text: str) -> Which:
+    if text == "private":
+        return "private"
+    if text == "dev":
+        return "dev"
+    raise UserError(f"--which {text!r}: choose private or dev")
+
+
+@app.command()
+def fit(
+    competition: Annotated[
+        list[str] | None, typer.Option("--competition", help="repeatable [default: the suite]")
+    ] = None,
+    suite: SuiteOption = DEFAULT_SUITE,
+    which: Annotated[str, typer.Option("--which", help="private, dev or both")] = "both",
+    workers: Annotated[int, typer.Option("--workers", min=1)] = 2,
+    sandbox: Annotated[str, typer.Option("--sandbox", help="bubblewrap or process")] = "bubblewrap",
+    check: Annotated[
+        bool, typer.Option("--check", help="also test headroom; writes no leaderboard")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="only refit three committed entries and compare")
+    ] = False,
+    data_dir: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the reference field of competitions, check it, and write its leaderboard.
+
+    Resumable: scripts that have run are not run again. Exit code 1 if a field fails a check.
+    """
+    from agent_tools.mle_bench.registry import ref_of
+    from agent_tools.sandbox import make_pool
+
+    if sandbox not in ("bubblewrap", "process"):
+        raise UserError(f"--sandbox {sandbox!r}: choose bubblewrap or process")
+    chosen = load_suite(suite)
+    passed = True
+    with make_pool(sandbox, workers=workers) as pool:  # type: ignore[arg-type]
+        for competition_id in competition or chosen.ids():
+            split = ref_of(competition_id, chosen).split
+            for part in _parts(which, split):
+                item = load_competition(competition_id, data_dir, suite=chosen)
+                for row in _fit_one(item, part, pool, data_dir, check=check, refit=refit):
+                    passed = passed and bool(row["passed"])
+                    print(json.dumps(row) if as_json else _shown(row), flush=True)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _fit_one(
+    competition: Competition,
+    which: Which,
+    pool: ScriptPool,
+    data_dir: Path | None,
+    *,
+    check: bool,
+    refit: bool,
+) -> Iterator[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from agent_tools.mle_bench import field_checks, fields
+    from agent_tools.mle_bench.recipes import field_recipes
+
+    def progress(entry: fields.Entry) -> None:
+        shown = entry.error if entry.score is None else f"{entry.score:.5f}"
+        print(
+            f"{competition.id} {which} {entry.recipe}: {shown} ({entry.cpu_s:.2f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    recipes = field_recipes(competition.facts, fields.FIELD_SIZE)
+    name = "leaderboard.csv" if which == "private" else "dev_leaderboard.csv"
+    if refit:
+        board = COMPETITIONS / competition.id / name
+        for row in field_checks.refit_entries(competition, which, board, recipes, pool):
+            yield {"check": "refit", "competition": competition.id, "which": which} | asdict(row)
+        return
+    entries = fields.fit_field(
+        competition, which, recipes, pool, data_dir=data_dir, progress=progress
+    )
+    if not check:
+        path = fields.write_leaderboard(competition, which, entries)
+        print(f"wrote {path}", file=sys.stderr)
+    figures = field_checks.check_field(competition, which, entries, data_dir=data_dir)
+    yield {"check": "field"} | asdict(figures)
+    if check and which == "private":
+        field = [entry.score for entry in entries if entry.score is not None]
+        yield {"check": "headroom"} | asdict(field_checks.check_headroom(competition, pool, field))
+
+
+def _parts(which: str, split: str) -> list[Which]:
+    if which == "both":
+        return ["private", "dev"] if split == "train" else ["private"]
+    return [_which(which)]
+
+
+def _shown(row: dict[str, Any]) -> str:
+    figures = " ".join(f"{key}={value}" for key, value in row.items() if key != "check")
+    return f"{row['check']}: {figures}"

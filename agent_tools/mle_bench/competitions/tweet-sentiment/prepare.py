@@ -1,0 +1,40 @@
+"""4,200 tweets, each with the mean of 20 human ratings (Hutto and Gilbert, ICWSM 2014)."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pandas as pd
+
+from agent_tools.mle_bench.tables import one_line, split_by_hash, without_duplicates, write_tables
+
+ID = "tweet-sentiment"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+TWEETS = "hutto_ICWSM_2014/tweets_GroundTruth.txt"
+
+
+def prepare(raw: Path, public: Path, private: Path) -> None:
+    """1,000 training and 1,200 test tweets."""
+    with tarfile.open(raw / ARCHIVE) as outer:
+        inner = _member(outer, INNER)
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        lines = _member(archive, TWEETS).decode("utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    table = pd.DataFrame(
+        {"text": [text for _, _, text in rows], "target": [float(mean) for _, mean, _ in rows]}
+    )
+    table["text"] = one_line(table["text"])
+    table["target"] = table["target"].round(4)
+    table = without_duplicates(table, keys=[table["text"].str.lower()])
+    train, test = split_by_hash(table, 1_000, 1_200, salt=ID)
+    write_tables(train, test, public, private, fill=0.0)
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    stream = archive.extractfile(name)
+    if stream is None:
+        raise ValueError(f"{name} is not a file in the archive")
+    return stream.read()
