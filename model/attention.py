@@ -1,0 +1,262 @@
+"""Grouped-query attention with norms over the concatenated heads and partial rotary positions.
+
+Shapes: M tokens = B rows × T columns, H hidden size, N query heads, K key/value heads, D head size,
+R rotary size, S cached columns. Tokens are kept flat (M, …); only `Attend` knows rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, with statistics in float32 or wider."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension of x by its root mean square, then scale by weight."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class Attend(Protocol):
+    """What joins tokens: causal rows in training, a key/value cache in generation."""
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        """Attention output (M, N·D) of one layer."""
+        ...
+
+
+class Attention(nn.Module):
+    """One layer's projections; `qkv_proj` stacks the rows of q_proj, k_proj and v_proj."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.sizes = [config.query_size, config.key_value_size, config.key_value_size]
+        self.qkv_proj = nn.Parameter(torch.empty(sum(self.sizes), config.hidden_size))
+        self.o_proj = nn.Parameter(torch.empty(config.hidden_size, config.query_size))
+        self.q_norm = RMSNorm(config.query_size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.key_value_size, config.rms_norm_eps)
+
+    def forward(self, x_MH: Tensor, cos_M1r: Tensor, sin_M1r: Tensor, attend: Attend) -> Tensor:
+        q, k, v = torch.split(F.linear(x_MH, self.qkv_proj), self.sizes, dim=-1)
+        q_MND = self.q_norm(q).view(-1, self.heads, self.head_dim)
+        k_MKD = self.k_norm(k).view(-1, self.kv_heads, self.head_dim)
+        v_MKD = v.view(-1, self.kv_heads, self.head_dim)
+        q_MND = rotate(q_MND, cos_M1r, sin_M1r)
+        k_MKD = rotate(k_MKD, cos_M1r, sin_M1r)
+        return F.linear(attend(self.layer, q_MND, k_MKD, v_MKD), self.o_proj)
+
+
+def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """cos and sin of every position's angles, float32 (2, positions, R/2)."""
+    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
+    frequency_r = 1.0 / config.rope_theta ** (steps / config.rotary_dim)
+    position_S = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    angle_Sr = position_S[:, None] * frequency_r
+    return torch.stack([angle_Sr.cos(), angle_Sr.sin()])
+
+
+def rotate(x_MND: Tensor, cos_M1r: Tensor, sin_M1r: Tensor) -> Tensor:
+    """Rotate the first R of each head's D numbers; number j turns with number j + R/2."""
+    half = cos_M1r.shape[-1]
+    a, b, rest = torch.split(x_MND, [half, half, x_MND.shape[-1] - 2 * half], dim=-1)
+    turned = [
+        torch.addcmul(a * cos_M1r, b, sin_M1r, value=-1),
+        torch.addcmul(b * cos_M1r, a, sin_M1r),
+    ]
+    return torch.cat([*turned, rest], dim=-1)
+
+
+def _rows(x_MND: Tensor, shape: tuple[int, int]) -> Tensor:
+    return x_MND.view(*shape, *x_MND.shape[1:]).transpose(1, 2)
+
+
+def scaled_attention(
+    q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v for N query heads that share K key/value heads; (B, N, T, D)."""
+    share = q_BNTD.shape[1] // k_BKSD.shape[1]
+    if share > 1 and q_BNTD.is_cuda and q_BNTD.dtype == torch.float32:
+        # No fused float32 kernel there shares heads; the unfused one would keep every score.
+        k_BKSD, v_BKSD = (x.repeat_interleave(share, dim=1) for x in (k_BKSD, v_BKSD))
+        share = 1
+    return F.scaled_dot_product_attention(
+        q_BNTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=causal, enable_gqa=share > 1
+    )
+
+
+class CausalAttend:
+    """Every token sees its row up to itself; columns of left padding are seen by no real token.
+
+    Right padding needs no mask: nothing real looks to the right.
+    """
+
+    def __init__(self, batch: int, time: int, pad_left_B: Tensor | None = None) -> None:
+        self.shape = (batch, time)
+        self.mask_B1TS = None if pad_left_B is None else left_pad_mask(time, time, pad_left_B)
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        q, k, v = (_rows(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
+        out = scaled_attention(q, k, v, self.mask_B1TS, causal=self.mask_B1TS is None)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class PackedAttend:
+    """Causal rows of uneven length whose tokens are kept without padding (training).
+
+    Only attention sees a padded form: token m stands in place `place_M`[m] = row · time + column.
+    Everything else, above all the experts, spends nothing on padding.
+    """
+
+    def __init__(self, batch: int, time: int, place_M: Tensor) -> None:
+        self.padded, self.place_M = CausalAttend(batch, time), place_M
+        self.places = batch * time
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        q, k, v = (self._place(x) for x in (q_MND, k_MKD, v_MKD))
+        out = self.padded(layer, q, k, v)
+        picked: Tensor = _Pick.apply(out, self.place_M)  # type: ignore[no-untyped-call]
+        return picked
+
+    def _place(self, x_MND: Tensor) -> Tensor:
+        placed: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
+            x_MND, self.place_M, self.places
+        )
+        return placed
+
+
+class _Place(torch.autograd.Function):
+    """Rows put into places of their own among zeros, so that the gradient is a pick."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MX: Tensor, place_M: Tensor, places: int) -> Tensor:
+        ctx.save_for_backward(place_M)
+        return x_MX.new_zeros(places, *x_MX.shape[1:]).index_copy_(0, place_M, x_MX)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PX: Tensor) -> tuple[Tensor, None, None]:
+        return grad_PX.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Pick(torch.autograd.Function):
+    """The inverse of `_Place`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PX: Tensor, place_M: Tensor) -> Tensor:
+        ctx.save_for_backward(place_M)
+        ctx.places = len(x_PX)
+        return x_PX.index_select(0, place_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None]:
+        padded = grad_MX.new_zeros(ctx.places, *grad_MX.shape[1:])
+        return padded.index_copy_(0, ctx.saved_tensors[0], grad_MX), None
+
+
+def left_pad_mask(time: int, total: int, pad_left_B: Tensor) -> Tensor:
+    """True (B, 1, T, S) where the last `time` of `total` columns may look: itself, and real columns
+    before it. Columns of padding see only themselves, so that no softmax is empty."""
+    column_S = torch.arange(total, device=pad_left_B.device)
+    query_T1 = column_S[total - time :, None]
+    real_BS = column_S >= pad_left_B[:, None]
+    seen_BTS = (column_S <= query_T1) & real_BS[:, None, :]
+    return (seen_BTS | (column_S == query_T1))[:, None]
+
+
+class KVCache:
+    """Keys and values (B, K, S, D) of every layer, for S columns; `length` columns are filled."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (batch, config.num_key_value_heads, columns, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.length = 0
+
+    @property
+    def columns(self) -> int:
+        """How many columns there is room for."""
+        return self.keys[0].shape[2]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (in rising order)."""
+        for stack in (self.keys, self.values):
+            for i, old in enumerate(stack):
+                kept = old[: len(rows)]
+                kept[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
+                stack[i] = kept
+
+
+class CachedAttend:
+    """Append `time` columns to a cache; they look at all of it, and causally among themselves."""
+
+    def __init__(
+        self, cache: KVCache, batch: int, time: int, pad_left_B: Tensor | None = None
+    ) -> None:
+        self.cache, self.shape = cache, (batch, time)
+        self.start, self.end = cache.length, cache.length + time
+        masked = pad_left_B is not None or (time > 1 and self.start > 0)
+        if masked and pad_left_B is None:
+            pad_left_B = torch.zeros(batch, dtype=torch.long, device=cache.keys[0].device)
+        self.mask_B1TS = (
+            left_pad_mask(time, self.end, pad_left_B) if pad_left_B is not None else None
+        )
+        self.causal = not masked and time > 1
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        q, k, v = (_rows(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[:, :, self.start : self.end] = k
+        values[:, :, self.start : self.end] = v
+        seen_k, seen_v = keys[:, :, : self.end], values[:, :, : self.end]
+        out = scaled_attention(q, seen_k, seen_v, self.mask_B1TS, self.causal)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class DecodeAttend:
+    """Append one column to a cache and let it look at the first `seen` columns, through a mask.
+
+    `column` is a number, or a tensor of one number where a CUDA graph must not fix it.
+    """
+
+    def __init__(
+        self, cache: KVCache, column: int | Tensor, seen: int, mask_B11S: Tensor | None
+    ) -> None:
+        self.cache, self.column, self.seen, self.mask_B11S = cache, column, seen, mask_B11S
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if isinstance(self.column, int):
+            keys[:, :, self.column] = k_MKD
+            values[:, :, self.column] = v_MKD
+        else:
+            keys.index_copy_(2, self.column, k_MKD.unsqueeze(2))
+            values.index_copy_(2, self.column, v_MKD.unsqueeze(2))
+        # The query heads that share a key head stand in for its queries: no key is copied.
+        q_BKGD = q_MND.view(len(q_MND), k_MKD.shape[1], -1, q_MND.shape[-1])
+        seen_k, seen_v = keys[:, :, : self.seen], values[:, :, : self.seen]
+        return scaled_attention(q_BKGD, seen_k, seen_v, self.mask_B11S, causal=False).flatten(1)

@@ -1,0 +1,203 @@
+"""The model's sizes, in the field names of Hugging Face's `minimax_m2` configuration. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from model.errors import CheckpointError, ModelError
+
+MODEL_TYPE = "minimax_m2"
+CONFIG_NAME = "config.json"
+
+# Values that change the forward pass and that this implementation has only one way to do.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": (MODEL_TYPE,),
+    "hidden_act": ("silu",),
+    "use_qk_norm": (True,),
+    "qk_norm_type": ("per_layer",),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False,),
+    "shared_intermediate_size": (0, None),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one model; `intermediate_size` is the width of one expert.
+
+    Raises ModelError where two values contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rope_theta: float = 5_000_000.0
+    rms_norm_eps: float = 1e-6
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    use_routing_bias: bool = True
+    scoring_func: str = "sigmoid"
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ModelError(
+                    f"config: {field.name} is {value!r}; it must be a whole number ≥ 1"
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ModelError(
+                f"config: rotary_dim {self.rotary_dim} must be even and ≤ head_dim {self.head_dim}"
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ModelError(
+                f"config: num_experts_per_tok {self.num_experts_per_tok} is more than "
+                f"num_local_experts {self.num_local_experts}"
+            )
+        if self.scoring_func != "sigmoid":
+            raise ModelError(f"config: scoring_func {self.scoring_func!r}; only 'sigmoid' is known")
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key (or all value) heads together."""
+        return self.num_key_value_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as `config.json` holds it, readable by transformers and vLLM.
+
+        Rotary size is written twice: vLLM needs `rotary_dim`, and transformers before 5.19 ignores
+        it without a word and reads `rope_parameters.partial_rotary_factor`.
+        """
+        out: dict[str, Any] = {
+            "architectures": ["MiniMaxM2ForCausalLM"],
+            "model_type": MODEL_TYPE,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rope_theta,
+                "partial_rotary_factor": self.rotary_dim / self.head_dim,
+            },
+            "hidden_act": "silu",
+            "use_qk_norm": True,
+            "qk_norm_type": "per_layer",
+            "attn_type_list": [1] * self.num_hidden_layers,
+            "shared_intermediate_size": 0,
+            "tie_word_embeddings": False,
+            "use_mtp": False,
+            "num_mtp_modules": 0,
+            "router_aux_loss_coef": 0.0,
+            "router_jitter_noise": 0.0,
+            "output_router_logits": False,
+        }
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> ModelConfig:
+        """Read a Hugging Face configuration; fields that do not touch the forward pass are dropped.
+
+        Raises ModelError for a missing size and for a feature that this code does not have.
+        """
+        for name, allowed in _FIXED.items():
+            if name in values and values[name] not in allowed:
+                raise ModelError(
+                    f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} is known"
+                )
+        if values.get("quantization_config"):
+            raise ModelError(f"{where}: quantised weights; convert the checkpoint to bf16 first")
+        if any(kind != 1 for kind in values.get("attn_type_list") or ()):
+            raise ModelError(f"{where}: attn_type_list asks for linear attention; only 1 is known")
+        known = {field.name for field in fields(cls)}
+        picked = {name: value for name, value in values.items() if name in known}
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ModelError(f"{where}: rope_type {rope['rope_type']!r}; only 'default' is known")
+        if "rope_theta" in rope:
+            picked["rope_theta"] = rope["rope_theta"]
+        if "num_experts" in values:
+            picked.setdefault("num_local_experts", values["num_experts"])
+        if "rotary_dim" not in picked and isinstance(values.get("head_dim"), int):
+            picked["rotary_dim"] = round(values["head_dim"] * rope.get("partial_rotary_factor", 1))
+        if isinstance(picked.get("eos_token_id"), list):
+            picked["eos_token_id"] = picked["eos_token_id"][0]
+        required = {f.name for f in fields(cls) if f.type == "int"}
+        if missing := sorted(required - picked.keys()):
+            raise ModelError(f"{where}: missing {', '.join(missing)}")
+        return cls(**picked)
+
+
+def load_config(directory: Path | str) -> ModelConfig:
+    """Read `config.json` of a checkpoint folder.
+
+    Raises CheckpointError where the folder or the file is missing or is not JSON, and ModelError
+    for values that cannot be used.
+    """
+    path = Path(directory) / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{directory}: not a checkpoint folder (no {CONFIG_NAME}); name a folder in "
+            "Hugging Face layout"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); save it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a JSON object is needed; save it again")
+    return ModelConfig.from_dict(values, where=str(path))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "nano": ModelConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        rotary_dim=16,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        rope_theta=10_000.0,
+    ),
+    "m2": ModelConfig(
+        vocab_size=200_064,
+        hidden_size=3072,
+        intermediate_size=1536,
+        num_hidden_layers=62,
+        num_attention_heads=48,
+        num_key_value_heads=8,
+        head_dim=128,
+        rotary_dim=64,
+        num_local_experts=256,
+        num_experts_per_tok=8,
+        max_position_embeddings=196_608,
+        rope_theta=5_000_000.0,
+        bos_token_id=200_034,
+        eos_token_id=200_020,
+    ),
+}

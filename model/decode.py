@@ -1,0 +1,168 @@
+"""Reading prompts into a key/value cache, and decoding one token a row from it.
+
+Shapes: B rows, P distinct prompts, T prompt columns, S columns of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.attention import DecodeAttend, KVCache
+from model.transformer import Transformer
+
+PREFILL_TOKENS = 16_384  # at most about this many prompt tokens in one forward pass
+
+
+class Decoder(Protocol):
+    """One token a row, over and over."""
+
+    shrinks: bool  # whether dropping rows makes steps cheaper
+
+    def step(self, id_B: Tensor) -> Tensor:
+        """Feed the tokens just drawn; logits (B, V) of the next ones."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        ...
+
+
+def prefill(
+    model: Transformer, prompts: Sequence[tuple[int, ...]], cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """Fill a cache's first rows with prompts that all end in the same column.
+
+    Each distinct prompt is run once, right-padded (which needs no mask); its keys and values are
+    then moved into every row that has it. Returns the padding on the left (B) and the logits (B, V)
+    after each prompt.
+    """
+    device = model.device
+    distinct = sorted(set(prompts), key=lambda ids: (len(ids), ids))
+    width = len(distinct[-1])
+    logits_BV = torch.empty(len(prompts), model.config.vocab_size, device=device)
+    pad_left_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, ids in enumerate(prompts):
+        rows_of.setdefault(ids, []).append(row)
+    start = 0
+    while start < len(distinct):
+        end = start + 1
+        while end < len(distinct) and (end + 1 - start) * len(distinct[end]) <= PREFILL_TOKENS:
+            end += 1
+        part = distinct[start:end]
+        pairs = [(row, p) for p, ids in enumerate(part) for row in rows_of[ids]]
+        row_b, prompt_b = torch.tensor(pairs, device=device).unbind(1)
+        length_P = torch.tensor([len(ids) for ids in part], device=device)
+        time = len(part[-1])
+        ids_PT = torch.tensor([[*ids, *[0] * (time - len(ids))] for ids in part], device=device)
+        own = KVCache(model.config, len(part), time, device, model.dtype)
+        hidden_PTH = model.hidden(ids_PT, cache=own)
+        last_PH = hidden_PTH[torch.arange(len(part), device=device), length_P - 1]
+        logits_BV[row_b] = model.head(last_PH).to(logits_BV.dtype).index_select(0, prompt_b)
+        # Column c of a row holds its prompt's token c − padding; columns of padding are masked.
+        from_bT = torch.arange(width, device=device) - (width - length_P[prompt_b])[:, None]
+        from_bT = from_bT.clamp_(0, time - 1)
+        for new, old in ((cache.keys, own.keys), (cache.values, own.values)):
+            for target_BKSD, source_PKTD in zip(new, old, strict=True):
+                moved = source_PKTD.transpose(1, 2)[prompt_b[:, None], from_bT]
+                target_BKSD[row_b, :, :width] = moved.transpose(1, 2)
+        start = end
+    cache.length = width
+    return pad_left_B, logits_BV
+
+
+class EagerDecoder:
+    """Runs the model step by step; rows that ended are dropped."""
+
+    shrinks = True
+
+    def __init__(self, model: Transformer, cache: KVCache, pad_left_B: Tensor) -> None:
+        self.model, self.cache, self.pad_left_B = model, cache, pad_left_B
+        self.mask_B11S = _real_columns(cache, pad_left_B) if bool(pad_left_B.any()) else None
+
+    def step(self, id_B: Tensor) -> Tensor:
+        column = self.cache.length
+        mask = None if self.mask_B11S is None else self.mask_B11S[:, :, :, : column + 1]
+        attend = DecodeAttend(self.cache, column, column + 1, mask)
+        hidden_BH = self.model.run(id_B, column - self.pad_left_B, attend)
+        self.cache.length += 1
+        return self.model.head(hidden_BH)
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+        self.pad_left_B = self.pad_left_B[rows]
+        if self.mask_B11S is not None:
+            self.mask_B11S = self.mask_B11S[rows]
+
+
+class GraphDecoder:
+    """A decode step captured as one CUDA graph for a fixed number of rows and columns.
+
+    Every step looks at the whole cache through a mask, and rows that ended go on unseen: at these
+    sizes a step costs its launches, not its arithmetic. The weights are read where they are, so
+    training in place keeps a graph good.
+    """
+
+    shrinks = False
+
+    def __init__(self, model: Transformer, batch: int, columns: int) -> None:
+        device = model.device
+        self.model = model
+        self.cache = KVCache(model.config, batch, columns, device, model.dtype)
+        self.id_B = torch.zeros(batch, dtype=torch.long, device=device)
+        self.position_B = torch.zeros(batch, dtype=torch.long, device=device)
+        self.column_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.real_BS = torch.ones(batch, columns, dtype=torch.bool, device=device)
+        self.column_S = torch.arange(columns, device=device)
+        self.rows = batch
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.logits_BV = self._step()
+
+    def start(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Read prompts (no more than there are rows); logits after each."""
+        self.rows = len(prompts)
+        pad_left_B, logits_BV = prefill(self.model, prompts, self.cache)
+        self.column_1.fill_(self.cache.length)
+        self.position_B.fill_(0)
+        self.position_B[: self.rows] = self.cache.length - pad_left_B
+        self.real_BS.fill_(True)
+        self.real_BS[: self.rows] = self.column_S >= pad_left_B[:, None]
+        return logits_BV
+
+    def step(self, id_B: Tensor) -> Tensor:
+        self.id_B[: self.rows] = id_B
+        self.graph.replay()
+        return self.logits_BV[: self.rows]
+
+    def keep(self, rows: Tensor) -> None:
+        raise AssertionError("a captured step keeps all its rows")
+
+    def _step(self) -> Tensor:
+        seen_BS = self.real_BS & (self.column_S <= self.column_1)
+        mask_B11S = torch.zeros_like(seen_BS, dtype=self.model.dtype).masked_fill_(
+            ~seen_BS, -torch.inf
+        )[:, None, None]
+        attend = DecodeAttend(self.cache, self.column_1, self.cache.columns, mask_B11S)
+        logits_BV = self.model.head(self.model.run(self.id_B, self.position_B, attend))
+        self.position_B += 1
+        self.column_1 += 1
+        return logits_BV
+
+
+def _real_columns(cache: KVCache, pad_left_B: Tensor) -> Tensor:
+    """0 for columns of text and later, −∞ for padding, added to attention scores (B, 1, 1, S)."""
+    column_S = torch.arange(cache.columns, device=pad_left_B.device)
+    pad_BS = column_S < pad_left_B[:, None]
+    zeros_BS = torch.zeros(pad_BS.shape, device=pad_left_B.device, dtype=cache.keys[0].dtype)
+    return zeros_BS.masked_fill_(pad_BS, -torch.inf)[:, None, None]

@@ -1,0 +1,259 @@
+"""Batched generation with a key/value cache: ids in; ids, log-probs and the weights' version out.
+
+Shapes: B rows, V vocabulary. Rows of a batch end their prompts in the same column (shorter ones are
+padded on the left), so a step writes one column of the cache. A prompt that several requests share
+is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model.attention import KVCache
+from model.checkpoint import load_model
+from model.decode import Decoder, EagerDecoder, GraphDecoder, prefill
+from model.errors import ModelError
+from model.moe import needs_no_host
+from model.sampling import Sampler
+from model.transformer import Transformer
+
+SHRINK_AT = 0.875  # drop rows that ended once no more than this share of them goes on
+KEEP_GRAPHS = 4  # captured CUDA graphs, each with its own cache
+CUDA_CHECK_EVERY = 8  # steps between looks at the tokens by the host
+
+
+class Constraint(Protocol):
+    """What limits a request's tokens, for instance a grammar."""
+
+    def mask(self) -> Tensor | None:
+        """Allowed ids as bool (V) for the next token; None where all are."""
+        ...
+
+    def accept(self, id: int) -> None:
+        """Take note of the token that was drawn."""
+        ...
+
+    def done(self) -> bool:
+        """True when nothing may follow; generation then stops."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenRequest:
+    """One prompt to continue. Temperature 0 is greedy; seed None draws a random one.
+
+    Generation stops at an id of `stop_ids` (which is returned) or after `max_new_tokens`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The new ids and, for each, its log-prob under the unmasked softmax at the request's
+    temperature (at temperature 1 for a greedy request); `version` is that of the weights."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    constrained: bool
+    version: int
+
+
+class Engine:
+    """Generates for many requests at once. One thread at a time.
+
+    The model is used where it is: weights changed in place between calls are the new weights.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        device: torch.device | str | None = None,
+        max_batch: int = 64,
+        version: int = 0,
+    ) -> None:
+        if max_batch < 1:
+            raise ModelError(f"max_batch is {max_batch}; it must be ≥ 1")
+        self.max_batch = max_batch
+        self.device = torch.device(device) if device is not None else model.device
+        self.model = model.to(self.device)
+        self.version = version
+        self._graphs: dict[tuple[int, int], GraphDecoder] = {}
+
+    def load(self, source: Transformer | Path | str, version: int) -> None:
+        """Use these weights from the next `generate` on: a model (not copied) or a folder."""
+        if not isinstance(source, Transformer):
+            source = load_model(source, device=self.device, dtype=self.model.dtype)
+        if source is not self.model:
+            self._graphs.clear()
+            self.model = source.to(self.device)
+        self.version = version
+
+    def check(self, request: GenRequest) -> None:
+        """Raise ModelError for a request that cannot be served."""
+        config = self.model.config
+        total = len(request.prompt_ids) + request.max_new_tokens
+        if not request.prompt_ids:
+            raise ModelError("request: the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise ModelError(f"request: max_new_tokens is {request.max_new_tokens}; it must be ≥ 1")
+        if total > config.max_position_embeddings:
+            raise ModelError(
+                f"request: {len(request.prompt_ids)} prompt + {request.max_new_tokens} new tokens "
+                f"are more than the context of {config.max_position_embeddings}; shorten either"
+            )
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < config.vocab_size:
+            raise ModelError(f"request: token ids must be from 0 to {config.vocab_size - 1}")
+        if not (request.temperature >= 0 and 0 < request.top_p <= 1 and request.top_k >= 0):
+            raise ModelError(
+                f"request: temperature {request.temperature}, top_p {request.top_p}, top_k "
+                f"{request.top_k}; needed are temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0"
+            )
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[GenRequest]) -> list[Generation]:
+        """Continue every prompt; results in the order of the requests.
+
+        More than `max_batch` requests are served in batches of near-equal size, prompts of similar
+        length together. Raises ModelError before any work for a request that cannot be served.
+        """
+        for request in requests:
+            self.check(request)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        batches = -(-len(requests) // self.max_batch)
+        results: dict[int, Generation] = {}
+        for b in range(batches):
+            part = order[b * len(order) // batches : (b + 1) * len(order) // batches]
+            results |= zip(part, self._generate([requests[i] for i in part]), strict=True)
+        return [results[i] for i in range(len(requests))]
+
+    def _generate(self, requests: list[GenRequest]) -> list[Generation]:
+        rows = [_Row(request) for request in requests]
+        steps = max(request.max_new_tokens for request in requests)
+        constrained = any(request.constraint is not None for request in requests)
+        # The host need not see every token; on a GPU looking less often keeps the queue full.
+        every = CUDA_CHECK_EVERY if self.device.type == "cuda" and not constrained else 1
+        sampler = Sampler.of(
+            [r.temperature for r in requests],
+            [r.top_p for r in requests],
+            [r.top_k for r in requests],
+            [r.seed for r in requests],
+            steps,
+            self.model.config.vocab_size,
+            self.device,
+        )
+        decoder, logits_BV = self._start([r.prompt_ids for r in requests], steps)
+        live = rows
+        drawn: list[tuple[Tensor, Tensor]] = []
+        for step in range(steps):
+            allowed_BV = self._allowed(live) if constrained else None
+            id_B, logp_B = sampler.draw(logits_BV, step, allowed_BV)
+            drawn.append((id_B, logp_B))
+            if len(drawn) == every or step + 1 == steps:
+                _hand_out(live, drawn)
+                drawn.clear()
+                kept = [i for i, row in enumerate(live) if row.finish is None]
+                if not kept:
+                    break
+                if decoder.shrinks and len(kept) <= SHRINK_AT * len(live):
+                    kept_B = torch.tensor(kept, device=self.device)
+                    decoder.keep(kept_B)
+                    live, sampler, id_B = (
+                        [live[i] for i in kept],
+                        sampler.take(kept_B),
+                        id_B[kept_B],
+                    )
+            logits_BV = decoder.step(id_B)
+        return [row.result(self.version) for row in rows]
+
+    def _start(self, prompts: list[tuple[int, ...]], steps: int) -> tuple[Decoder, Tensor]:
+        """A decoder that has read the prompts, and the logits after each."""
+        model, config = self.model, self.model.config
+        columns = max(len(ids) for ids in prompts) + steps
+        batch = -(-len(prompts) // 8) * 8
+        if needs_no_host(batch, config.num_local_experts, self.device, model.dtype):
+            # Sizes are rounded up, so that one graph serves many calls.
+            size = (batch, -(-columns // 128) * 128)
+            graph = self._graphs.pop(size, None) or GraphDecoder(model, *size)
+            self._graphs[size] = graph
+            if len(self._graphs) > KEEP_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            return graph, graph.start(prompts)
+        cache = KVCache(config, len(prompts), columns, self.device, model.dtype)
+        pad_left_B, logits_BV = prefill(model, prompts, cache)
+        return EagerDecoder(model, cache, pad_left_B), logits_BV
+
+    def _allowed(self, live: list[_Row]) -> Tensor | None:
+        """Allowed ids (B, V); a row whose constraint allows none ends here."""
+        masks = [row.mask() for row in live]
+        if all(mask is None for mask in masks):
+            return None
+        every_V = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
+        return torch.stack([every_V if mask is None else mask for mask in masks]).to(self.device)
+
+
+@dataclass
+class _Row:
+    """What one request has so far."""
+
+    request: GenRequest
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+
+    def mask(self) -> Tensor | None:
+        if self.finish is not None or self.request.constraint is None:
+            return None
+        mask_V = self.request.constraint.mask()
+        if mask_V is not None and not bool(mask_V.any()):
+            self.finish = "stop"
+            return None
+        return mask_V
+
+    def add(self, id: int, logprob: float) -> None:
+        if self.finish is not None:
+            return
+        self.ids.append(id)
+        self.logprobs.append(logprob)
+        constraint = self.request.constraint
+        if id in self.request.stop_ids:
+            self.finish = "stop"
+        elif len(self.ids) == self.request.max_new_tokens:
+            self.finish = "length"
+        if constraint is not None:
+            constraint.accept(id)
+            if constraint.done():
+                self.finish = "stop"
+
+    def result(self, version: int) -> Generation:
+        return Generation(
+            self.ids,
+            self.logprobs,
+            self.finish or "length",
+            self.request.constraint is not None,
+            version,
+        )
+
+
+def _hand_out(live: list[_Row], drawn: list[tuple[Tensor, Tensor]]) -> None:
+    """Give the rows the tokens of the last steps; what follows a row's end is dropped."""
+    ids = torch.stack([id_B for id_B, _ in drawn]).tolist()
+    logprobs = torch.stack([logp_B for _, logp_B in drawn]).tolist()
+    for ids_of_step, logprobs_of_step in zip(ids, logprobs, strict=True):
+        for row, id, logprob in zip(live, ids_of_step, logprobs_of_step, strict=True):
+            row.add(id, logprob)

@@ -1,0 +1,180 @@
+"""`python -m model.serve --checkpoint DIR`: an OpenAI-compatible server for one checkpoint.
+
+Exit codes: 2 unusable arguments or checkpoint, 5 the port cannot be had, 130 and 143 after
+SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.errors import ModelError
+
+if TYPE_CHECKING:
+    from model.serve_app import ChatService
+
+_GRACE_S = 3
+_PARENT_POLL_S = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until a signal comes. Returns the exit code."""
+    parent = os.getppid()
+    options = _parser().parse_args(argv)
+    if options.exit_with_parent:
+        _exit_with_parent(parent)
+    try:
+        service = load_service(
+            options.checkpoint,
+            device=options.device,
+            name=options.served_model_name,
+            max_batch=options.max_batch,
+        )
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        listener = _listen(options.host, options.port)
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        print(f"error: cannot listen on {where}: {error}; try --port 0", file=sys.stderr)
+        return 5
+    return _serve(service, listener, options.port_file, quiet=options.quiet)
+
+
+def load_service(
+    checkpoint: Path, *, device: str = "auto", name: str | None = None, max_batch: int = 64
+) -> ChatService:
+    """Loads a checkpoint folder and starts its engine. Raises `ModelError`.
+
+    Torch is imported here, so that `--help` and wrong arguments answer at once.
+    """
+    import torch
+
+    from model.batching import Batcher
+    from model.checkpoint import load_model
+    from model.generate import Engine
+    from model.serve_app import ChatService
+    from model.tokenizer import Tokenizer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: no CUDA device here; use --device cpu")
+    tokenizer = Tokenizer.load(checkpoint)
+    model = load_model(checkpoint, device=device)
+    width = model.config.vocab_size
+    if tokenizer.vocab_size > width:
+        raise ModelError(
+            f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens but the model {width}; "
+            "the folder mixes two checkpoints"
+        )
+    engine = Engine(model, device=device, max_batch=max_batch)
+    return ChatService(
+        name=name or checkpoint.resolve().name,
+        tokenizer=tokenizer,
+        batcher=Batcher(engine, max_batch=max_batch),
+        context=model.config.max_position_embeddings,
+        vocab_size=width,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m model.serve", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="folder in the Hugging Face layout")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000, help="0 picks a free one")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--served-model-name", default=None, help="default: the checkpoint folder's name")
+    add("--port-file", type=Path, default=None, help='gets {"port", "pid"} once it listens')
+    add("--max-batch", type=int, default=64, help="most requests generated together")
+    add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
+    add("--quiet", action="store_true", help="no access log")
+    return parser
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _serve(
+    service: ChatService, listener: socket.socket, port_file: Path | None, *, quiet: bool
+) -> int:
+    import uvicorn
+
+    from model.serve_app import create_app
+
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn shuts down on its own and then raises the signal again for us to see
+        signal.signal(number, lambda signum, _: received.append(signum))
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        create_app(service),
+        log_level="warning" if quiet else "info",
+        log_config=_log_to_stderr(uvicorn.config.LOGGING_CONFIG),
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    if port_file is not None:
+        _write_atomically(port_file, {"port": port, "pid": os.getpid()})
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {service.name} on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+    if port_file is not None:
+        port_file.unlink(missing_ok=True)
+    code = 128 + received[0] if received else 0
+    if not service.batcher.close(timeout_s=1):
+        # a batch is still being generated for nobody; its thread would hold the process
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _log_to_stderr(config: dict[str, Any]) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    for handler in config["handlers"].values():
+        handler["stream"] = "ext://sys.stderr"
+    return config
+
+
+def _write_atomically(path: Path, value: dict[str, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Polls, because Linux's death signal also fires when only the starting *thread* ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
