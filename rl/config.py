@@ -1,0 +1,286 @@
+"""Run files: YAML → typed, frozen configuration. No torch here, so a dry run is fast.
+
+A run file holds any part of `RunConfig`; `-c FILE` files merge over it left to right, then
+`a.b=value` overrides. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from rl.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Strict):
+    checkpoint: str = "nano"
+    """`nano` = the bundled model, or a checkpoint folder."""
+
+
+class BudgetSection(Strict):
+    """What a run may spend: imposed by the harness, never edited by an agent."""
+
+    steps: int = Field(default=5, ge=1)
+    scripts_per_step: int = Field(default=24, ge=2)
+    tokens_per_script: int = Field(default=256, ge=1)
+    cpu_seconds_per_script: float = Field(default=3.0, gt=0)
+
+
+class RolloutSection(Strict):
+    group_size: int = Field(default=8, ge=2)
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    turns: int = Field(default=1, ge=1)
+
+
+class OptimSection(Strict):
+    """AdamW as in MiniMax-M1 §3.2: gradients span 1e-18 … 1e-5, hence eps 1e-15."""
+
+    lr: float = Field(default=3.0e-4, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1.0e-15, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    updates_per_batch: int = Field(default=1, ge=1)
+    micro_batch: int = Field(default=24, ge=1)
+    """Rows a backward pass; any value gives the same gradient."""
+
+
+class CispoSection(Strict):
+    is_weight_max: float = Field(default=5.0, gt=0)
+    """The ceiling of the importance weight itself (not 1 + epsilon); there is no floor."""
+
+
+class ExpertIterationSection(Strict):
+    """Rejection fine-tuning: every `round_steps` steps, imitate the best scripts seen so far."""
+
+    round_steps: int = Field(default=10, ge=1)
+    keep_per_competition: int = Field(default=8, ge=1)
+    updates: int = Field(default=32, ge=1)
+    batch: int = Field(default=36, ge=1)
+    lr: float = Field(default=2.0e-4, gt=0)
+
+
+class EnvSection(Strict):
+    cpu_seconds: float = Field(default=3.0, gt=0)
+
+
+class SandboxSection(Strict):
+    kind: Literal["bubblewrap", "process"] = "bubblewrap"
+    workers: int = Field(default=2, ge=1)
+
+
+class StopSection(Strict):
+    """`drift`: end with exit 6 when the gradient norm is over `grad_norm_factor` times its 10-step
+    median while the valid share fell by `valid_drop` from its 10-step median."""
+
+    rule: Literal["none", "drift"] = "none"
+    grad_norm_factor: float = Field(default=2.0, gt=1)
+    valid_drop: float = Field(default=0.10, gt=0)
+
+
+class WandbSection(Strict):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "selfevo"
+    group: str | None = None
+    name: str | None = None
+    job_type: str = "train"
+
+
+class RunConfig(Strict):
+    """One training run (`python -m rl.train`)."""
+
+    seed: int = Field(default=0, ge=0)
+    model: ModelSection = ModelSection()
+    suite: str = "offline-small-v0"
+    competitions: tuple[str, ...] = ()
+    """Ids of the train split; empty = all of them."""
+    objective: Literal["cispo", "expert_iteration"] = "cispo"
+    budget: BudgetSection = BudgetSection()
+    rollout: RolloutSection = RolloutSection()
+    optim: OptimSection = OptimSection()
+    cispo: CispoSection = CispoSection()
+    expert_iteration: ExpertIterationSection = ExpertIterationSection()
+    env: EnvSection = EnvSection()
+    sandbox: SandboxSection = SandboxSection()
+    scaffold: str | None = None
+    checkpoint_every: int = Field(default=1, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    stop: StopSection = StopSection()
+    wandb: WandbSection = WandbSection()
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _within_budget(self) -> RunConfig:
+        if self.rollout.max_new_tokens > self.budget.tokens_per_script:
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} is above "
+                f"budget.tokens_per_script {self.budget.tokens_per_script}; lower the first"
+            )
+        if self.env.cpu_seconds > self.budget.cpu_seconds_per_script:
+            raise ValueError(
+                f"env.cpu_seconds {self.env.cpu_seconds} is above "
+                f"budget.cpu_seconds_per_script {self.budget.cpu_seconds_per_script}; "
+                "lower the first"
+            )
+        scripts, group = self.budget.scripts_per_step, self.rollout.group_size
+        if scripts % group or scripts < group:
+            raise ValueError(
+                f"budget.scripts_per_step {scripts} is not a multiple of rollout.group_size "
+                f"{group}; choose a divisor of {scripts}"
+            )
+        return self
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.budget.scripts_per_step // self.rollout.group_size
+
+
+# ------------------------------------------------------------------ loading
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError names the file and line of a syntax error."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give an existing YAML file")
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse `text` (YAML 1.2) to a mapping; `where` names the source in messages."""
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(error.problem or error.context or "syntax error").split())
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}; fix that line") from error
+    except YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys, got {type(value).__name__}")
+    return value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings merge key by key, everything else (lists too) is replaced."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            out[key] = merge(old, value)
+        else:
+            out[key] = value
+    return out
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` → `{"a": {"b": value}}`; the value is YAML."""
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip() or any(not part for part in key.strip().split(".")):
+        raise ConfigError(
+            f"override {text!r} is not of the form a.b=value; write e.g. optim.lr=3e-4"
+        )
+    try:
+        value: Any = YAML(typ="safe", pure=True).load(raw) if raw.strip() else None
+    except YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def load_data(
+    path: Path, merges: Sequence[Path] = (), overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """File, then `-c` files left to right, then overrides, as one plain mapping."""
+    data = read_yaml(path)
+    for extra in merges:
+        data = merge(data, read_yaml(extra))
+    for text in overrides:
+        data = merge(data, parse_override(text))
+    return data
+
+
+def validate(kind: type[ConfigT], data: Mapping[str, Any], where: str) -> ConfigT:
+    """Build `kind` from `data`; the first fault becomes a one-line ConfigError."""
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_fault(kind, error)}") from error
+
+
+def load_config(
+    path: Path, merges: Sequence[Path] = (), overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The resolved `RunConfig` of a run file."""
+    return validate(RunConfig, load_data(path, merges, overrides), str(path))
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML, every value, in declaration order."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration class, those of its sections and list items included."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        for inner in _models_in(field.annotation):
+            keys += known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _first_fault(kind: type[BaseModel], error: ValidationError) -> str:
+    faults = error.errors()
+    # an unknown key is the likeliest cause of other faults, so it is reported first
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; nearest known key is {nearest(key, known_keys(kind))!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {fault['input']!r})" if key else message
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known dotted key most like `word`, judged by whole key and by last part."""
+    tail = word.rsplit(".", 1)[-1]
+
+    def likeness(key: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, key).ratio()
+        last = difflib.SequenceMatcher(None, tail, key.rsplit(".", 1)[-1]).ratio()
+        return whole + last
+
+    return max(known, key=likeness)

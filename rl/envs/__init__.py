@@ -1,0 +1,1 @@
+"""Environments whose episodes the trainer learns from."""

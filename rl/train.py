@@ -1,0 +1,77 @@
+"""`python -m rl.train RUN.yaml --run-dir DIR [--resume] [-c FILE] [a.b=value …] [--dry-run]`.
+
+Exit codes: 0 done · 2 configuration · 5 infrastructure errors on over a tenth of the scripts ·
+6 non-finite loss or stop rule · 130 interrupted · 143 terminated, state saved.
+
+The loop itself is `rl.loop`; it is imported after the arguments are checked, so a dry run and a
+wrong argument never load torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rl.cli import config_parser, main_guard, resolve_or_print
+from rl.config import RunConfig
+from rl.errors import ConfigError, StoppedError
+from rl.splits import trainable_ids
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT; `check` raises StoppedError once one has come.
+
+    The loop calls `check` where state is consistent, so a signal never tears an update apart.
+    """
+
+    def __init__(self) -> None:
+        self._seen: int | None = None
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._seen = self._seen or number
+
+    def check(self) -> None:
+        """Raise if a signal has come."""
+        if self._seen is not None:
+            code = 143 if self._seen == signal.SIGTERM else 130
+            raise StoppedError(signal.Signals(self._seen).name, code)
+
+    def restore(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, run; returns the exit code."""
+    parser = config_parser("rl.train", "train a policy with CISPO or expert iteration")
+    parser.add_argument("--run-dir", type=Path, help="run directory (required unless --dry-run)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the directory, if there is one"
+    )
+    args = parser.parse_intermixed_args(argv)
+    config = resolve_or_print(RunConfig, args)
+    if config is None:
+        return 0
+    if args.run_dir is None:
+        raise ConfigError("--run-dir DIR is missing; name the run directory")
+    competitions = trainable_ids(config.suite, config.competitions)
+    config = config.model_copy(update={"competitions": competitions})
+    signals = StopSignals()
+    try:
+        from rl.loop import run
+        from rl.mle_parts import mle_parts
+
+        return run(config, args.run_dir, resume=args.resume, parts=mle_parts, check=signals.check)
+    finally:
+        signals.restore()
+
+
+if __name__ == "__main__":
+    main_guard(main)
