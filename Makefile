@@ -49,6 +49,8 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 .venv-prepare/.stamp: $(MLE)/prepare_requirements.txt
 	$(PYTHON) -m venv .venv-prepare
 	$(call PIP,.venv-prepare) --no-deps -r $<
+	.venv-prepare/bin/python -m pip download --quiet --no-deps --no-binary :all: \
+	  -d .venv-prepare/sdists vaderSentiment==3.3.2   # the tweets lie only in its source archive
 	@touch $@
 
 evolve: setup

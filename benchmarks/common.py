@@ -20,8 +20,14 @@ Z95 = 1.959963984540054
 def commit() -> str:
     """The commit of this checkout, with `+` when the tree is dirty; `unknown` outside git."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, check=True,
-                              capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
@@ -64,11 +70,23 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def report(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
-           packages: Sequence[str] = ("numpy", "torch"), **more: Any) -> dict[str, Any]:
+def report(
+    name: str,
+    figures: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    packages: Sequence[str] = ("numpy", "torch"),
+    **more: Any,
+) -> dict[str, Any]:
     """The object that a benchmark prints last."""
-    return {"name": name, "commit": commit(), "hardware": hardware(),
-            "versions": versions(*packages), "figures": dict(figures), "rows": list(rows), **more}
+    return {
+        "name": name,
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(*packages),
+        "figures": dict(figures),
+        "rows": list(rows),
+        **more,
+    }
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:

@@ -1,0 +1,196 @@
+"""Does RL learn? CISPO and expert iteration from the bundled policy, at equal script executions.
+
+Trains every (objective, seed) at the same time, then samples the start and each final checkpoint
+on the private tests of the train competitions and on val. The last checkpoint is the one measured:
+nothing is chosen by a score. Intervals: 95 % bootstrap over competitions' samples and over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OBJECTIVES = ("cispo", "expert_iteration")
+DRAWS = 10_000
+
+
+def run_all(commands: Sequence[tuple[list[str], Path]], limit_s: float) -> list[int]:
+    """Run commands at once, each into its own log; their exit codes (-9 past the limit)."""
+    deadline = time.monotonic() + limit_s
+    running = []
+    for command, log in commands:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        running.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT))
+    codes = []
+    for process in running:
+        try:
+            codes.append(process.wait(max(1.0, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes.append(process.wait())
+    return codes
+
+
+def percentiles(folder: Path) -> dict[str, list[float]]:
+    """Percentiles by competition of one evaluation, infrastructure errors left out."""
+    found: dict[str, list[float]] = {}
+    for line in (folder / "scores.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["status"] != "infra":
+            found.setdefault(row["competition"], []).append(row["percentile"])
+    return found
+
+
+def mean_of(table: dict[str, list[float]]) -> float:
+    """Mean over competitions of their mean percentile."""
+    return sum(sum(v) / len(v) for v in table.values()) / len(table)
+
+
+def interval(
+    before: dict[str, list[float]], after: Sequence[dict[str, list[float]]]
+) -> tuple[float, float, float]:
+    """Rise of the mean percentile and its 95 % bootstrap interval over samples and seeds."""
+    rng = random.Random(0)
+
+    def resample(table: dict[str, list[float]]) -> float:
+        return mean_of({k: rng.choices(v, k=len(v)) for k, v in table.items()})
+
+    rises = sorted(
+        sum(resample(rng.choice(after)) for _ in after) / len(after) - resample(before)
+        for _ in range(DRAWS)
+    )
+    point = sum(map(mean_of, after)) / len(after) - mean_of(before)
+    return point, rises[int(0.025 * DRAWS)], rises[int(0.975 * DRAWS)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="nano")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--scripts", type=int, default=72)
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--workers", type=int, default=4, help="sandbox workers a process")
+    parser.add_argument("--sandbox", default="bubblewrap")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = args.out / "run.yaml"
+    config.write_text("{}\n")
+    arms = [(objective, seed) for objective in OBJECTIVES for seed in args.seeds]
+    started = time.monotonic()
+    trained = run_all(
+        [
+            (
+                [
+                    sys.executable,
+                    "-m",
+                    "rl.train",
+                    str(config),
+                    "--run-dir",
+                    str(args.out / f"{objective}-{seed}"),
+                    f"objective={objective}",
+                    f"seed={seed}",
+                    f"model.checkpoint={args.checkpoint}",
+                    f"budget.steps={args.steps}",
+                    f"budget.scripts_per_step={args.scripts}",
+                    "optim.lr=3e-4",
+                    "optim.warmup_steps=5",
+                    "checkpoint_every=1000",
+                    f"sandbox.kind={args.sandbox}",
+                    f"sandbox.workers={args.workers}",
+                    f"device={args.device}",
+                ],
+                args.out / "logs" / f"{objective}-{seed}.log",
+            )
+            for objective, seed in arms
+        ],
+        60 * args.minutes,
+    )
+    print(
+        f"trained: {dict(zip(arms, trained, strict=True))} in {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
+    subjects = {"start": args.checkpoint} | {
+        f"{objective}-{seed}": str(args.out / f"{objective}-{seed}" / "checkpoints" / "latest")
+        for (objective, seed), code in zip(arms, trained, strict=True)
+        if code == 0
+    }
+    jobs = [(name, split) for name in subjects for split in ("train", "val")]
+    measured = run_all(
+        [
+            (
+                [
+                    sys.executable,
+                    "-m",
+                    "rl.evaluate",
+                    "--checkpoint",
+                    subjects[name],
+                    "--split",
+                    split,
+                    "--samples",
+                    str(args.samples),
+                    "--seed",
+                    "1",
+                    "--out",
+                    str(args.out / "evals" / f"{name}-{split}"),
+                    "--sandbox",
+                    args.sandbox,
+                    "--workers",
+                    "2",
+                    "--device",
+                    args.device,
+                ],
+                args.out / "logs" / f"eval-{name}-{split}.log",
+            )
+            for name, split in jobs
+        ],
+        60 * args.minutes,
+    )
+    print(
+        f"measured: {dict(zip(jobs, measured, strict=True))} after "
+        f"{time.monotonic() - started:.0f} s",
+        flush=True,
+    )
+    summary: dict[str, Any] = {
+        "steps": args.steps,
+        "scripts_per_step": args.scripts,
+        "samples": args.samples,
+        "seeds": args.seeds,
+        "mean_percentile": {},
+        "rise": {},
+    }
+    scores = {
+        (name, split): percentiles(args.out / "evals" / f"{name}-{split}")
+        for (name, split), code in zip(jobs, measured, strict=True)
+        if code == 0
+    }
+    for (name, split), table in scores.items():
+        summary["mean_percentile"][f"{name} {split}"] = round(mean_of(table), 2)
+    for objective in OBJECTIVES:
+        for split in ("train", "val"):
+            after = [
+                scores[key]
+                for seed in args.seeds
+                if (key := (f"{objective}-{seed}", split)) in scores
+            ]
+            if after and ("start", split) in scores:
+                summary["rise"][f"{objective} {split}"] = [
+                    round(x, 2) for x in interval(scores["start", split], after)
+                ]
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary))
+    return 0 if not any(trained) and not any(measured) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
