@@ -54,7 +54,8 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@touch $@
 
 evolve: setup
-	@$(PY) -m selfevo.evolve --lab '$(LAB)' --rounds $(ROUNDS) --seed $(SEED) $(if $(HEALTHY),--healthy)
+	@test -e '$(LAB)/selfevo.yaml' || $(VENV)/bin/selfevo init $(if $(HEALTHY),--healthy) '$(LAB)'
+	@$(VENV)/bin/selfevo run --rounds $(ROUNDS) --seed $(SEED) $(if $(AGENT),--agent $(AGENT)) '$(LAB)'
 
 lint: setup-dev
 	$(VENV)/bin/ruff check .

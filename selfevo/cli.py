@@ -1,0 +1,279 @@
+"""`selfevo`: start, watch and resume the loop; review its proposals; replay and report.
+
+Text for people on stdout, live lines on stderr; with --json, machine output alone on stdout.
+Heavy imports happen inside the commands, so `selfevo --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from selfevo.cli_pr import pr_app
+
+if TYPE_CHECKING:
+    from selfevo.views import CampaignView
+
+app = typer.Typer(
+    name="selfevo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="An auditable self-improvement loop for reinforcement learning of language-model agents.",
+)
+app.add_typer(pr_app, name="pr")
+
+LabArgument = Annotated[
+    Path, typer.Argument(help="lab folder, or the folder of one campaign (LAB/runs/NAME)")
+]
+CampaignOption = Annotated[
+    str | None, typer.Option("--campaign", "-c", help="name of the campaign (default: the newest)")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="machine output on stdout")]
+HERE = Path()
+
+
+@app.command()
+def init(
+    lab: Annotated[Path, typer.Argument(help="new folder")],
+    healthy: Annotated[
+        bool, typer.Option("--healthy", help="start from the tuned learning rate, not the bad one")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a lab: a git repository of configs, prompts, skills and memory."""
+    from selfevo.lab import init_lab
+
+    repo = init_lab(lab, healthy=healthy)
+    commit = repo.head().commit
+    if as_json:
+        out({"lab": str(lab.absolute()), "commit": commit, "healthy": healthy})
+        return
+    print(f"lab {lab} (commit {(commit or '')[:12]})")
+    print(f"next: selfevo run {lab}")
+
+
+@app.command()
+def run(
+    lab: LabArgument = HERE,
+    rounds: Annotated[int | None, typer.Option(min=1, help="proposals")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="campaign seed")] = 0,
+    agent: Annotated[str | None, typer.Option(help="model | rules | random")] = None,
+    review: Annotated[str | None, typer.Option(help="auto | always")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="train seeds an arm")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a campaign: propose, train, measure, keep or drop, for a number of rounds."""
+    from selfevo import loop
+    from selfevo.campaign import RunOptions
+
+    choose("--agent", agent, ("model", "rules", "random"))
+    choose("--review", review, ("auto", "always"))
+    options = RunOptions(rounds, seed, agent, review, seeds)
+    finish(*loop.start(lab, options, say), as_json)
+
+
+@app.command()
+def resume(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """Go on with a campaign where its event log ends."""
+    from selfevo import loop
+
+    finish(*loop.resume(lab, campaign, say), as_json)
+
+
+@app.command()
+def status(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """Where a campaign stands."""
+    from selfevo import text
+
+    view, _ = load(lab, campaign)
+    if as_json:
+        out(status_record(view))
+    else:
+        print("\n".join(text.status_lines(view)))
+
+
+@app.command()
+def medals(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """Offline medals of every measured arm, by round."""
+    from dataclasses import asdict
+
+    from selfevo import text
+    from selfevo.medals import medal_rows
+
+    view, _ = load(lab, campaign)
+    if as_json:
+        rows = [{**asdict(row), "share": row.share} for row in medal_rows(view)]
+        out(
+            {
+                "campaign": view.name,
+                "suite": view.info["suite"],
+                "suite_version": view.info["suite_version"],
+                "split": "val",
+                "rows": rows,
+            }
+        )
+    else:
+        suite = f"{view.info['suite']}, version {view.info['suite_version']}"
+        print(f"offline medals, suite {suite}, val competitions")
+        print("\n".join(text.medal_table(view)))
+
+
+@app.command()
+def replay(
+    lab: LabArgument = HERE,
+    campaign: CampaignOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one event a line")] = False,
+    round_: Annotated[int | None, typer.Option("--round", help="only this round")] = None,
+    full: Annotated[bool, typer.Option("--full", help="whole prompts, not their ends")] = False,
+    step: Annotated[bool, typer.Option("--step", help="wait for Enter after every event")] = False,
+) -> None:
+    """Step through everything that happened; needs neither server nor network."""
+    from selfevo import replay as player
+
+    _, folder = load(lab, campaign)
+    if as_json:
+        player.write_json(folder, sys.stdout, round_)
+    else:
+        player.show(folder, print, round_=round_, full=full, pause=input if step else None)
+
+
+@app.command()
+def report(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """Write report.md and report.html (one self-contained file)."""
+    from selfevo import report as writer
+
+    _, folder = load(lab, campaign)
+    paths = writer.write(folder)
+    if as_json:
+        out({"markdown": str(paths[0]), "html": str(paths[1])})
+    else:
+        print(paths[0])
+        print(paths[1])
+
+
+# ------------------------------------------------------------------ shared by the commands
+
+
+def out(record: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(record, ensure_ascii=False))
+
+
+def say(line: str) -> None:
+    """One live line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def choose(option: str, value: str | None, known: tuple[str, ...]) -> None:
+    from agent_tools.errors import UserError
+
+    if value is not None and value not in known:
+        raise UserError(f"{option} {value}: choose one of {', '.join(known)}")
+
+
+def load(lab: Path, campaign: str | None) -> tuple[CampaignView, Path]:
+    """(view, folder) of a campaign, read only."""
+    from agent_tools.errors import UserError
+    from selfevo.campaign import read_view
+    from selfevo.lab import campaign_folder, find_campaign
+
+    root, name = find_campaign(lab, campaign)
+    folder = campaign_folder(root, name)
+    view = read_view(folder)
+    if not view.info:
+        raise UserError(f"{folder}: nothing has been logged yet; try again in a moment")
+    return view, folder
+
+
+def status_record(view: CampaignView) -> dict[str, Any]:
+    """`selfevo status --json`."""
+    waiting = view.pending_review()
+    return {
+        "campaign": view.name,
+        "state": view.state,
+        "reason": view.stop_reason,
+        "round": view.round,
+        "rounds": view.rounds_planned,
+        "phase": view.phase,
+        "agent": view.info["agent"],
+        "incumbent": view.incumbent_head,
+        "events": view.head,
+        "pending_review": waiting.number if waiting else None,
+        "verdicts": {str(n): r.verdict for n, r in view.rounds.items() if n},
+        "prs": {str(n): pr.state for n, pr in view.prs.items()},
+        "jobs": {job.id: job.state for job in view.jobs.values()},
+        "seconds": round(view.active_seconds, 1),
+    }
+
+
+def finish(code: int, folder: Path, as_json: bool) -> NoReturn:
+    """Closing summary of `run` and `resume`, then the exit code."""
+    from selfevo import summary
+    from selfevo.campaign import read_view
+
+    view = read_view(folder)
+    if as_json:
+        out(
+            {
+                **status_record(view),
+                "exit_code": code,
+                "folder": str(folder),
+                "report": str(folder / "report.html"),
+            }
+        )
+    else:
+        print("\n".join(summary.lines(view, folder, code)))
+    raise typer.Exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main() -> NoReturn:
+    """Console entry: one-line errors and the exit codes of design §4."""
+    signal.signal(signal.SIGTERM, _terminate)
+    from agent_tools.errors import InfraError, UserError
+
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (UserError, InfraError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        print(f"error: {error.format_message()}; see `selfevo --help`", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        say("interrupted: jobs that run go on; `selfevo resume` takes them up again")
+        sys.exit(130)
+    except SystemExit as error:
+        if error.code == 143:
+            say("terminated: the state is saved; `selfevo resume` goes on")
+        raise
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The steps of a round, one a file. Each is a function: campaign → next step."""
