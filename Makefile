@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests clean
+.PHONY: setup setup-dev evolve test mutants lint bench-setup verify-digests clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -63,11 +63,8 @@ lint: setup-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: setup-dev
-	$(PY) -m pytest -q -m 'not gpu and not real and not slow'
-
-test-real: setup-dev
-	$(PY) -m pytest -q -m 'real'
+test: lint
+	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not gpu and not real and not slow'
 
 mutants: setup-dev
 	$(PY) -m tests.mutants

@@ -198,7 +198,8 @@ def make(
 def verify(count: int, workers: int) -> int:
     """Remake `count` committed examples, one per fault kind first; 0 when their marks agree."""
     committed = [json.loads(line) for line in TEST_FILE.read_text().splitlines()]
-    chosen, kinds = [], set()
+    chosen: list[dict[str, Any]] = []
+    kinds: set[str] = set()
     for row in committed:
         kind = json.dumps(row["fault"])
         if kind not in kinds and len(chosen) < count:
