@@ -2,7 +2,8 @@
 
 `make` runs `rl.train` for 4 steps × 24 scripts per example, in `--workers` processes, and writes
 one JSON object a run: seed, config, fault, digest, and the metric rows that the digest was made
-of. `verify` remakes some of the committed test examples and compares their detector marks.
+of. `pack` sorts and trims such files for the repository. `verify` remakes some of the committed
+test examples and compares their detector marks.
 
 The test set (`benchmarks/data/agent_nano.jsonl`) shares no seed and no planted value with the
 training set: seeds come from disjoint ranges, and integer values alternate between the two.
@@ -26,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from agent_tools.wandb_logs import digest, read_run
+from agent_tools.wandb_logs import DEFAULT_KEYS, RunHistory, digest, read_run
 
 DATA = Path(__file__).resolve().parent / "data"
 TEST_FILE = DATA / "agent_nano.jsonl"
@@ -195,6 +196,45 @@ def make(
     return count
 
 
+KEPT = (
+    *DEFAULT_KEYS,
+    "group/zero_std_frac",
+    "loss/cispo/capped_frac",
+    "loss/cispo/weight_mean",
+    "mismatch_kl/mean",
+    "rollout/memory_frac",
+)
+
+
+def pack(sources: Sequence[Path], out: Path) -> int:
+    """Sort by seed, keep what detectors read (six digits), digest again with today's code."""
+    lines = (line for source in sources for line in source.read_text().splitlines())
+    examples = {example["seed"]: example for example in map(json.loads, lines)}
+    with out.open("w") as sink:
+        for _, example in sorted(examples.items()):
+            rows = [
+                {"step": row["step"]}
+                | {key: float(f"{row[key]:.6g}") for key in KEPT if key in row}
+                for row in example["rows"]
+            ]
+            made = digest(
+                RunHistory(rows=rows, config={}, state="done", source="wandb", warnings=[])
+            )
+            kept = {key: example[key] for key in ("seed", "config", "fault")}
+            sink.write(
+                json.dumps(
+                    {
+                        **kept,
+                        "digest": made.text,
+                        "rows": rows,
+                        "marks": sorted(f.name for f in made.findings),
+                    }
+                )
+                + "\n"
+            )
+    return len(examples)
+
+
 def verify(count: int, workers: int) -> int:
     """Remake `count` committed examples, one per fault kind first; 0 when their marks agree."""
     committed = [json.loads(line) for line in TEST_FILE.read_text().splitlines()]
@@ -246,7 +286,13 @@ def main() -> int:
     checker = sub.add_parser("verify")
     checker.add_argument("--count", type=int, default=5)
     checker.add_argument("--workers", type=int, default=1)
+    packer = sub.add_parser("pack")
+    packer.add_argument("sources", type=Path, nargs="+")
+    packer.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.command == "pack":
+        print(f"{pack(args.sources, args.out)} examples in {args.out}")
+        return 0
     if args.command == "verify":
         return verify(args.count, args.workers)
     examples = [plan(args.set, i) for i in range(args.first, args.first + args.count)]

@@ -1,4 +1,4 @@
-"""Group baselines and batch-normalised advantages (paper-facts §6.4). Pure numpy.
+"""Group baselines and batch-normalised advantages (M2 report §6.1.5). Pure numpy.
 
 Baseline of an attempt = mean return of the *other* attempts of its group (leave-one-out), which is
 unbiased. Advantages are divided by their standard deviation over the whole batch, not the group:

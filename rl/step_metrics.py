@@ -90,7 +90,7 @@ def sampled_entropy(episodes: Sequence[Episode]) -> float:
 
 
 def drift(rows: Sequence[dict[str, Any]], rule: StopSection) -> str | None:
-    """The stop rule of nano-policy findings §6: why to stop, or None.
+    """The drift rule for small policies: why to stop, or None.
 
     Gradient norm of the last row over `grad_norm_factor` × the median of the ten rows before, while
     its valid share is `valid_drop` or more under their median.

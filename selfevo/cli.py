@@ -248,7 +248,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Console entry: one-line errors and the exit codes of design §4."""
+    """Console entry: one-line errors and the exit codes of docs/architecture.md."""
     signal.signal(signal.SIGTERM, _terminate)
     from agent_tools.errors import InfraError, UserError
 

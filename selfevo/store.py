@@ -1,6 +1,6 @@
 """The campaign's store: an append-only event log and content-addressed blobs.
 
-`Store.once` is the only way in which the loop acts on the world: intent event (fsync) with an
+`Campaign.once` is the only way in which the loop acts on the world: intent event (fsync) with an
 idempotency key, then the act, then the outcome event (fsync).
 """
 

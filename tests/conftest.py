@@ -9,12 +9,17 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 ALLOWED = "CUDA"
+
+# A busy machine is no reason to fail: examples have no time limit.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def _refuse_skip(report: Any) -> Any:

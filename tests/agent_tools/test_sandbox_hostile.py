@@ -60,7 +60,8 @@ def run(pool: WarmPool, inputs: Path) -> Iterator[Run]:
 HONEST = """
 import os, shutil
 print(",".join(sorted(os.listdir("."))))
-print(",".join(os.listdir("/tmp")) or "none", ",".join(os.listdir("/dev/shm")) or "none")
+for place in (os.environ["TMPDIR"], "/dev/shm"):
+    print(",".join(os.listdir(place)) or "none")
 print(len([p for p in os.listdir("/proc") if p.isdigit() and p != str(os.getpid())]))
 shutil.copy("train.csv", "submission.csv")
 """
@@ -205,7 +206,7 @@ def test_daemon_left_behind_is_killed(run: Run) -> None:
                     try: signal.signal(number, signal.SIG_IGN)
                     except OSError: pass
                 while True:
-                    open("/tmp/alive", "a").write("x")
+                    open(os.environ["TMPDIR"] + "/alive", "a").write("x")
                     time.sleep(0.01)
             os._exit(0)
         time.sleep(0.05)
@@ -248,8 +249,8 @@ def test_worker_cannot_be_signalled_or_limited(run: Run) -> None:
 def test_disk_cannot_be_filled(run: Run) -> None:
     result = run(
         """
-        import errno
-        for place in (".", "/tmp", "/dev/shm"):
+        import errno, os
+        for place in (".", os.environ["TMPDIR"], "/dev/shm"):
             try:
                 for i in range(1000):
                     with open(f"{place}/big{i}", "wb") as f:
@@ -395,13 +396,13 @@ def test_no_privileges(run: Run) -> None:
 def test_marks_on_shared_folders_do_not_last(run: Run) -> None:
     run("""
         import os
-        for place in ("/tmp", "/dev/shm", "/sandbox/work"):
+        for place in (os.environ["TMPDIR"], "/dev/shm", "/sandbox/work"):
             os.utime(place, (1, 1)); os.chmod(place, 0o777)
         open("/sandbox/work/kept", "w").write("x")
     """)
     result = run("""
         import os
-        for place in ("/tmp", "/dev/shm", "/sandbox/work"):
+        for place in (os.environ["TMPDIR"], "/dev/shm", "/sandbox/work"):
             found = os.stat(place)
             print(oct(found.st_mode & 0o777), found.st_mtime > 10)
         print(os.path.exists("/sandbox/work/kept"))
@@ -410,7 +411,11 @@ def test_marks_on_shared_folders_do_not_last(run: Run) -> None:
 
 
 def test_folder_that_cannot_be_removed_costs_the_worker_not_the_next_script(run: Run) -> None:
-    result = run("import os; os.mkdir('/tmp/a'); os.mkdir('/tmp/a/b'); os.chmod('/tmp/a', 0)")
+    result = run("""
+        import os
+        place = os.environ["TMPDIR"] + "/a"
+        os.makedirs(place + "/b"); os.chmod(place, 0)
+    """)
     assert result.status == "ok"
 
 

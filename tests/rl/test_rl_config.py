@@ -129,6 +129,9 @@ def test_train_ids_and_unknown_ids() -> None:
         "tweet-sentiment", "diamonds-price", "food-reviews"
     }  # fmt: skip
     assert held_out_ids() >= {"electricity-demand", "vowel-speaker"}
+    for held_out in held_out_ids():
+        with pytest.raises(SplitError, match=f"{held_out}.*held out"):
+            trainable_ids("offline-small-v0", ["diamonds-price", held_out])
     with pytest.raises(ConfigError, match="nearest is 'diamonds-price'"):
         trainable_ids("offline-small-v0", ["diamond-prices"])
     with pytest.raises(SplitError, match="record 3"):

@@ -8,19 +8,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from rl_fakes import TASKS, text_parts, tiny_checkpoint
+from rl_fakes import TASKS, TextEnv, text_parts, text_tasks, tiny_checkpoint
 from safetensors.torch import load_file
 
 from agent_tools.wandb_logs import read_run
 from rl.cli import run_main
 from rl.config import RunConfig, dump_config, validate
-from rl.errors import CheckpointStateError, DivergedError, InfraLimitError, StoppedError
-from rl.loop import run
+from rl.errors import (
+    CheckpointStateError,
+    ConfigError,
+    DivergedError,
+    InfraLimitError,
+    StoppedError,
+)
+from rl.loop import Parts, run
 from rl.run_dir import RunDir, decode_row
+from rl.types import ChatClient, Episode, Task
 
 FAKES = Path(__file__).with_name("rl_fakes.py")
 
@@ -254,6 +264,26 @@ def test_reuse_of_a_batch_moves_the_ratio(home: Path, tmp_path: Path) -> None:
     changes = {"lr": 1e-2, "updates_per_batch": 3}
     go(config_of(home, budget={"steps": 1}, optim=changes), tmp_path / "run")
     assert rows_of(tmp_path / "run")[0]["loss/cispo/weight_max"] > 1.01
+
+
+@pytest.mark.parametrize("objective", ["cispo", "expert_iteration"])
+def test_grammar_constrained_replies_are_refused_as_training_data(
+    home: Path, tmp_path: Path, objective: str
+) -> None:
+    class Constrained(TextEnv):
+        def run(self, task: Task, client: ChatClient) -> Episode:
+            episode = super().run(task, client)
+            calls = tuple(replace(call, constrained=True) for call in episode.calls)
+            return replace(episode, calls=calls)
+
+    @contextmanager
+    def parts(config: RunConfig) -> Iterator[Parts]:
+        yield Parts(text_tasks(), Constrained())
+
+    with pytest.raises(ConfigError, match="constrained"):
+        run(config_of(home, objective=objective), tmp_path / "run", resume=False, parts=parts,
+            check=lambda: None)  # fmt: skip
+    assert rows_of(tmp_path / "run") == [] and status_of(tmp_path / "run")["exit_code"] == 2
 
 
 def test_turns_become_separate_calls(home: Path, tmp_path: Path) -> None:

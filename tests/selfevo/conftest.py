@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selfevo_lab import model_lab
 
-from agent_tools.git_configs import LabRepo
 from selfevo.arms import Commands
-from selfevo.lab import init_lab
 
 DOUBLE = Path(__file__).with_name("selfevo_double.py")
 
@@ -28,9 +26,7 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
-    path = tmp_path / "lab"
-    init_lab(path)
-    return path
+    return model_lab(tmp_path / "lab")
 
 
 @pytest.fixture
@@ -110,14 +106,3 @@ def model() -> Iterator[Callable[..., Model]]:
     yield start
     for one in started:
         one.close()
-
-
-def point_at(lab: Path, url: str, **settings: str) -> None:
-    """Commit a lab configuration that uses `url`, with further replacements `old=new`."""
-    path = lab / "selfevo.yaml"
-    text = path.read_text().replace("base_url: auto ", f"base_url: {url} ")
-    for old, new in settings.items():
-        assert f"{old}: " in text
-        text = re.sub(rf"(?m)^(\s*){old}: [^ \n]+", rf"\g<1>{old}: {new}", text)
-    path.write_text(text)
-    LabRepo(lab).commit(["selfevo.yaml"], "settings", worktree=lab)

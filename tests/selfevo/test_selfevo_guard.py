@@ -45,6 +45,7 @@ def test_one_step_of_an_allowed_key_passes_with_its_edit() -> None:
         ("food-reviews]", "vowel-speaker]", "search_space"),
         ("  warmup_steps: 1\n", "", "removed"),
         ("  warmup_steps: 1\n", "  warmup_steps: 1\n  betas: [0.1, 0.2]\n", "search_space"),
+        ("lr: 3.0e-3\n", "lr: 3.0e-4\n  betas: [0.1, 0.2]\n", "search_space"),
         ("lr: 3.0e-3\n  warmup_steps: 1", "lr: 3.0e-4\n  warmup_steps: 2", "2 keys changed"),
         ("group_size: 8", "group_size: 8\nseed: 7", "not valid YAML"),
         ("objective: cispo", "objective: cispo\nseed: 7", "key seed"),

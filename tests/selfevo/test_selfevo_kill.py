@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from selfevo_lab import model_lab
 
 from agent_tools.errors import UserError
 from selfevo import loop
 from selfevo.arms import Commands
 from selfevo.campaign import RunOptions, read_view
-from selfevo.lab import init_lab
 from selfevo.store import read_events
 
 DRIVER = Path(__file__).with_name("selfevo_driver.py")
@@ -64,8 +64,7 @@ def signature(lab: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    lab = tmp_path_factory.mktemp("undisturbed") / "lab"
-    init_lab(lab)
+    lab = model_lab(tmp_path_factory.mktemp("undisturbed") / "lab")
     process = drive(lab, "start")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()

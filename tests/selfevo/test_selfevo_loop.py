@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import point_at
+from selfevo_lab import point_at
 
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo

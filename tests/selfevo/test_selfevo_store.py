@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from agent_tools.git_configs import LabRepo
+from selfevo.arms import Commands
+from selfevo.campaign import RunOptions, create, open_campaign
 from selfevo.store import LogError, Store, read_blob, read_events
 from selfevo.views import reduce
 
@@ -85,3 +88,25 @@ def test_blobs_are_stored_once_and_missing_ones_named(tmp_path: Path) -> None:
 def test_unknown_kinds_are_a_programming_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown event kind"):
         filled(tmp_path, 0).append("nonsense")
+
+
+def test_an_act_is_done_once_a_key(lab: Path, commands: Commands) -> None:
+    done: list[str] = []
+
+    def act() -> dict[str, str]:
+        done.append("x")
+        if len(done) == 1:
+            raise KeyboardInterrupt  # killed between intent and outcome
+        return {"commit": "made"}
+
+    first = create(lab, LabRepo(lab), RunOptions(agent="rules"), lambda line: None, commands)
+    with pytest.raises(KeyboardInterrupt):
+        first.once("memory", "k", {"line": "one"}, act)
+    first.close()
+    again = open_campaign(lab, first.name, lambda line: None, commands)
+    outcomes = [again.once("memory", "k", {"line": "one"}, act) for _ in range(3)]
+    assert done == ["x", "x"]
+    assert outcomes == [{"line": "one", "commit": "made", "key": "k"}] * 3
+    again.close()
+    kinds = [event.kind for event in read_events(first.folder / "events.jsonl")[0]]
+    assert kinds == ["campaign.start", "memory.intent", "memory"]

@@ -1,0 +1,265 @@
+"""The faults of `make mutants`: one line each, with the tests that must notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`before` stands exactly once in `file`; `tests` are pytest node ids."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+CISPO = "tests/rl/test_rl_cispo.py::"
+ADVANTAGES = "tests/rl/test_rl_advantages.py::"
+CONFIG = "tests/rl/test_rl_config.py::"
+LOOP = "tests/rl/test_rl_loop.py::"
+MOE = "tests/model/test_model_moe.py::"
+PARITY = "tests/model/test_model_parity.py::"
+GENERATE = "tests/model/test_model_generate.py::"
+GATE = "tests/selfevo/test_selfevo_gate.py::"
+GUARD = "tests/selfevo/test_selfevo_guard.py::"
+STORE = "tests/selfevo/test_selfevo_store.py::"
+GRADING = "tests/agent_tools/test_mle_grading.py::"
+LAUNCHER = "tests/agent_tools/test_launcher.py::"
+LOGS = "tests/agent_tools/test_wandb_logs.py::"
+HOSTILE = "tests/agent_tools/test_sandbox_hostile.py::"
+PARTS = "tests/agent_tools/test_sandbox_parts.py::"
+GIT = "tests/agent_tools/test_git_configs.py::"
+
+MUTANTS: tuple[Mutant, ...] = (
+    # ---------------------------------------------------------------- rl
+    Mutant(
+        "cispo-floor",
+        "rl/cispo.py",
+        "    weight_BT = ratio_BT.clamp(max=is_weight_max)",
+        "    weight_BT = ratio_BT.clamp(min=0.1, max=is_weight_max)",
+        (f"{CISPO}test_there_is_no_floor",),
+    ),
+    Mutant(
+        "cispo-no-ceiling",
+        "rl/cispo.py",
+        "    weight_BT = ratio_BT.clamp(max=is_weight_max)",
+        "    weight_BT = ratio_BT",
+        (f"{CISPO}test_tokens_above_the_ceiling_keep_their_gradient",),
+    ),
+    Mutant(
+        "cispo-ratio-not-detached",
+        "rl/cispo.py",
+        "    log_ratio_BT = (logp_BT.detach() - rollout_BT)",
+        "    log_ratio_BT = (logp_BT - rollout_BT)",
+        (f"{CISPO}test_closed_form_and_gradient_only_through_the_log_prob",),
+    ),
+    Mutant(
+        "cispo-micro-batch-denominator",
+        "rl/cispo.py",
+        "    loss = -terms_BT.sum() / denominator",
+        "    loss = -terms_BT.sum() / mask_BT.sum()",
+        (f"{CISPO}test_gradient_equals_the_naive_formula",),
+    ),
+    Mutant(
+        "advantage-sign",
+        "rl/advantages.py",
+        "        advantage_N[members] = values - others_mean",
+        "        advantage_N[members] = others_mean - values",
+        (f"{ADVANTAGES}test_better_attempts_get_positive_advantages",),
+    ),
+    Mutant(
+        "advantage-own-return-in-baseline",
+        "rl/advantages.py",
+        "        others_mean = (values.sum() - values) / (len(values) - 1)",
+        "        others_mean = values.mean()",
+        (f"{ADVANTAGES}test_leave_one_out_and_batch_normalisation",),
+    ),
+    Mutant(
+        "advantage-exact-equality",
+        "rl/advantages.py",
+        "        if len(values) < 2 or values.max() - values.min() <= ZERO_SPREAD:",
+        "        if len(values) < 2 or values.max() == values.min():",
+        (f"{ADVANTAGES}test_groups_without_spread_get_zero_within_tolerance",),
+    ),
+    Mutant(
+        "resume-keeps-later-lines",
+        "rl/run_dir.py",
+        '        rows = [row for row in self.rows() if row["step"] <= last_step]',
+        "        rows = self.rows()",
+        (f"{LOOP}test_line_lost_after_its_checkpoint_is_restored_and_later_lines_are_cut",),
+    ),
+    Mutant(
+        "constrained-replies-are-trained-on",
+        "rl/loop.py",
+        "    if any(call.constrained for episode in episodes for call in episode.calls):",
+        "    if False:",
+        (f"{LOOP}test_grammar_constrained_replies_are_refused_as_training_data",),
+    ),
+    Mutant(
+        "held-out-ids-are-trained-on",
+        "rl/splits.py",
+        '        if competition in held_out or split not in (None, "train"):',
+        "        if False:",
+        (f"{CONFIG}test_train_ids_and_unknown_ids",),
+    ),
+    # ---------------------------------------------------------------- model
+    Mutant(
+        "router-bias-weighs",
+        "model/moe.py",
+        "        weights_Mk = scores_ME.gather(1, experts_Mk)",
+        "        weights_Mk = ranked_ME.gather(1, experts_Mk)",
+        (f"{MOE}test_the_bias_chooses_but_does_not_weigh",),
+    ),
+    Mutant(
+        "router-weights-not-renormalised",
+        "model/moe.py",
+        "        return weights_Mk / weights_Mk.sum(-1, keepdim=True), experts_Mk",
+        "        return weights_Mk, experts_Mk",
+        (f"{MOE}test_the_bias_chooses_but_does_not_weigh",),
+    ),
+    Mutant(
+        "qk-norm-a-head",
+        "model/attention.py",
+        "        q_MND = self.q_norm(q).view(-1, self.heads, self.head_dim)",
+        "        q_MND = F.rms_norm(q.view(-1, self.heads, self.head_dim), (self.head_dim,)) "
+        "* self.q_norm.weight.view(self.heads, self.head_dim)",
+        (f"{PARITY}test_our_checkpoint_gives_transformers_the_same_logits[single key head]",),
+    ),
+    Mutant(
+        "rope-over-the-full-head",
+        "model/attention.py",
+        "    steps = torch.arange(0, config.rotary_dim, 2,",
+        "    steps = torch.arange(0, config.head_dim, 2,",
+        (f"{PARITY}test_our_checkpoint_gives_transformers_the_same_logits[odd]",),
+    ),
+    Mutant(
+        "log-probs-without-temperature",
+        "model/sampling.py",
+        "        return id_B1[:, 0], logp_BV.gather(1, id_B1)[:, 0]",
+        "        return id_B1[:, 0], logits_BV.log_softmax(-1).gather(1, id_B1)[:, 0]",
+        (f"{GENERATE}test_logprobs_equal_rescoring[0.7]",),
+    ),
+    # ---------------------------------------------------------------- selfevo
+    Mutant(
+        "gate-sign",
+        "selfevo/gate.py",
+        "    difference = mean1 - mean0",
+        "    difference = mean0 - mean1",
+        (f"{GATE}test_equals_the_two_sample_t_test_of_scipy",),
+    ),
+    Mutant(
+        "gate-alpha-not-shared",
+        "selfevo/gate.py",
+        "    alpha_round = alpha / rounds",
+        "    alpha_round = alpha",
+        (f"{GATE}test_alpha_is_shared_by_the_rounds",),
+    ),
+    Mutant(
+        "gate-accepts-without-variance",
+        "selfevo/gate.py",
+        "    p_better: float | None = None",
+        "    p_better: float | None = 0.0",
+        (f"{GATE}test_no_op_is_indecisive_with_and_without_variance",),
+    ),
+    Mutant(
+        "guard-any-key",
+        "selfevo/guard.py",
+        "    for key in sorted(old.keys() | new.keys(), key=str):",
+        "    for key in sorted(space.keys, key=str):",
+        (
+            f"{GUARD}test_key_edits_outside_the_space_are_refused"
+            r"[lr: 3.0e-3\n-lr: 3.0e-4\n  betas: [0.1, 0.2]\n-search_space]",
+        ),
+    ),
+    Mutant(
+        "guard-any-path",
+        "selfevo/guard.py",
+        "    if not any(pattern.fullmatch(path) for pattern in ALLOWED):",
+        "    if not ALLOWED:",
+        (f"{GUARD}test_paths_outside_the_allow_list_are_refused[scaffold/run.py]",),
+    ),
+    Mutant(
+        "guard-any-step",
+        "selfevo/config.py",
+        "        return _step_fault(spec, float(before), float(after))",
+        "        return None",
+        (f"{GUARD}test_key_edits_outside_the_space_are_refused",),
+    ),
+    Mutant(
+        "acts-are-repeated",
+        "selfevo/campaign.py",
+        "        if key in self.view.outcomes:",
+        "        if False:",
+        (f"{STORE}test_an_act_is_done_once_a_key",),
+    ),
+    # ---------------------------------------------------------------- agent_tools
+    Mutant(
+        "medal-ties-lose",
+        "agent_tools/mle_bench/medals.py",
+        "    return score <= threshold if lower_is_better else score >= threshold",
+        "    return score < threshold if lower_is_better else score > threshold",
+        (f"{GRADING}test_ties_at_a_threshold_all_earn_the_medal",),
+    ),
+    Mutant(
+        "medal-rank-bracket",
+        "agent_tools/mle_bench/medals.py",
+        "    if teams < 1000:",
+        "    if teams < 2000:",
+        (f"{GRADING}test_medal_ranks_at_the_documented_team_counts",),
+    ),
+    Mutant(
+        "percentile-without-ties",
+        "agent_tools/mle_bench/medals.py",
+        "    return 100.0 * (worse + 0.5 * equal) / len(scores)",
+        "    return 100.0 * worse / len(scores)",
+        (f"{GRADING}test_percentile_counts_worse_entries_and_half_of_the_equal_ones",),
+    ),
+    Mutant(
+        "launcher-ignores-the-key",
+        "agent_tools/launcher/local.py",
+        "        job_id = hashlib.sha256(key.encode()).hexdigest()[:16]",
+        "        job_id = hashlib.sha256(os.urandom(16)).hexdigest()[:16]",
+        (f"{LAUNCHER}test_the_same_key_is_one_job_for_two_processes_at_once",),
+    ),
+    Mutant(
+        "launcher-runs-an-ended-job-again",
+        "agent_tools/launcher/local.py",
+        "                if status.finished and not again:",
+        "                if False:",
+        (f"{LAUNCHER}test_cancel_is_idempotent_and_kills_a_job_that_ignores_sigterm",),
+    ),
+    Mutant(
+        "finished-runs-from-the-side-car",
+        "agent_tools/wandb_logs/history.py",
+        '    first, second = ("wandb", "sidecar") if by_itself else ("sidecar", "wandb")',
+        '    first, second = "sidecar", "wandb"',
+        (f"{LOGS}test_a_run_that_ended_by_itself_is_read_without_its_sidecar",),
+    ),
+    Mutant(
+        "sandbox-follows-links",
+        "agent_tools/sandbox/inside/worker.py",
+        "        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC",
+        "        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
+        (
+            f"{HOSTILE}test_output_must_be_an_ordinary_file"
+            "[os.symlink('train.csv', 'submission.csv')-link]",
+        ),
+    ),
+    Mutant(
+        "sandbox-allows-sockets",
+        "agent_tools/sandbox/seccomp.py",
+        '    "socket": 41, "connect": 42,',
+        '    "connect": 42,',
+        (f"{PARTS}test_filter_decides_by_number_and_argument[x86_64]",),
+    ),
+    Mutant(
+        "git-hooks-run",
+        "agent_tools/git_safe.py",
+        '    "core.hooksPath": "/dev/null",',
+        "",
+        (f"{GIT}test_nothing_of_a_hostile_git_directory_runs",),
+    ),
+)

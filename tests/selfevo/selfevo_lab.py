@@ -1,0 +1,27 @@
+"""Labs for the loop's tests."""
+
+import re
+from pathlib import Path
+
+from agent_tools.git_configs import LabRepo
+from selfevo.lab import init_lab
+
+
+def model_lab(path: Path) -> Path:
+    """A lab whose agent is a model; `point_at` says which."""
+    init_lab(path)
+    settings = path / "selfevo.yaml"
+    settings.write_text(settings.read_text().replace("kind: rules ", "kind: model "))
+    LabRepo(path).commit(["selfevo.yaml"], "ask a model", worktree=path)
+    return path
+
+
+def point_at(lab: Path, url: str, **settings: str) -> None:
+    """Commit a lab configuration that uses `url`, with further replacements `old=new`."""
+    path = lab / "selfevo.yaml"
+    text = path.read_text().replace("base_url: auto ", f"base_url: {url} ")
+    for old, new in settings.items():
+        assert f"{old}: " in text
+        text = re.sub(rf"(?m)^(\s*){old}: [^ \n]+", rf"\g<1>{old}: {new}", text)
+    path.write_text(text)
+    LabRepo(lab).commit(["selfevo.yaml"], "settings", worktree=lab)
