@@ -3,7 +3,8 @@
 Score of a train seed = mean percentile (0-100) over the val competitions, equal samples each.
 Test: two-sample t, one-sided, α a round = α of the campaign / planned rounds. Its variance is the
 larger of (a) the variance between train seeds, pooled over every arm of the campaign at this
-budget, and (b) the sampling variance within seeds; df = Σ(seeds − 1) over those arms (docs/gate.md).
+budget, and (b) the sampling variance within seeds; df = Σ(seeds − 1) over those arms
+(docs/gate.md).
 """
 
 from __future__ import annotations
