@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import CONFIG_NAME, load_config
 from model.errors import CheckpointError
+from model.layout import INDEX_NAME, find_tensors, open_shard, read_index
 from model.transformer import Transformer
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -129,89 +127,21 @@ def read_weights(model: Transformer, directory: Path | str) -> None:
     """
     directory = Path(directory)
     views = disk_tensors(model)
-    where = _where_tensors_are(directory)
-    for name in views:
-        if name not in where:
-            raise CheckpointError(f"{directory}: tensor {name} is missing; copy or save it again")
-    for name in where:
-        if name not in views:
-            raise CheckpointError(
-                f"{directory}: tensor {name} does not belong to the model of its {CONFIG_NAME}"
-            )
-    files: dict[str, list[str]] = {}
-    for name, file in where.items():
-        files.setdefault(file, []).append(name)
-    for check in (True, False):
-        for file, names in files.items():
-            with _open(directory / file) as shard:
-                held = set(shard.keys())
-                for name in names:
-                    if name not in held:
-                        raise CheckpointError(
-                            f"{directory / file}: tensor {name} is missing; save it again"
-                        )
-                    if check:
-                        _check_shape(directory, name, shard.get_slice(name), views[name])
-                    else:
-                        views[name].copy_(shard.get_tensor(name))
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    for file, names in find_tensors(directory, shapes, framework="pt").items():
+        with open_shard(directory / file, "pt") as shard:
+            for name in names:
+                views[name].copy_(shard.get_tensor(name))
 
 
 def read_metadata(directory: Path | str) -> dict[str, Any]:
     """What `save_checkpoint` was given as metadata; empty if the folder has no index file."""
-    path = Path(directory) / INDEX_NAME
-    if not path.is_file():
+    directory = Path(directory)
+    if not (directory / INDEX_NAME).is_file():
         return {}
-    metadata = dict(_read_json(path).get("metadata") or {})
+    metadata = dict(read_index(directory).get("metadata") or {})
     metadata.pop("total_size", None)
     return metadata
-
-
-def _check_shape(directory: Path, name: str, stored: Any, view: Tensor) -> None:
-    shape = tuple(stored.get_shape())
-    if shape != tuple(view.shape):
-        raise CheckpointError(
-            f"{directory}: tensor {name} has shape {shape}, but {CONFIG_NAME} "
-            f"asks for {tuple(view.shape)}"
-        )
-    if stored.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-        raise CheckpointError(
-            f"{directory}: tensor {name} is {stored.get_dtype()}; convert the checkpoint to bf16"
-        )
-
-
-def _where_tensors_are(directory: Path) -> dict[str, str]:
-    """Shard file of each tensor name, from the index or from the single file."""
-    if (directory / INDEX_NAME).is_file():
-        weight_map = _read_json(directory / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{directory / INDEX_NAME}: no weight_map; save it again")
-        for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{directory / INDEX_NAME}: {file!r} is not a file name")
-        return weight_map
-    if (directory / SINGLE_NAME).is_file():
-        with _open(directory / SINGLE_NAME) as shard:
-            return dict.fromkeys(shard.keys(), SINGLE_NAME)
-    raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME}; copy it again")
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the index names this file, but it is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({error}); copy it again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); save it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed; save it again")
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

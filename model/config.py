@@ -145,7 +145,10 @@ class ModelConfig:
         required = {f.name for f in fields(cls) if f.type == "int"}
         if missing := sorted(required - picked.keys()):
             raise ModelError(f"{where}: missing {', '.join(missing)}")
-        return cls(**picked)
+        try:
+            return cls(**picked)
+        except ModelError as error:
+            raise ModelError(f"{where}: {str(error).removeprefix('config: ')}") from None
 
 
 def load_config(directory: Path | str) -> ModelConfig:

@@ -56,7 +56,7 @@ class Tokenizer:
             self._with_specials = tokenizers.Tokenizer.from_str(tokenizer_json)
             self._plain = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises no narrower class
-            raise TokenizerError(f"not a tokenizer.json: {error}") from error
+            raise TokenizerError(f"not a tokenizer.json ({error}); copy it again") from error
         self._plain.encode_special_tokens = True
         missing = [t for t in SPECIAL_TOKENS if self._with_specials.token_to_id(t) is None]
         if missing:

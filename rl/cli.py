@@ -44,10 +44,18 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_or_print(kind: type[ConfigT], args: argparse.Namespace) -> ConfigT | None:
-    """The resolved configuration, or None after printing it for `--dry-run`."""
+def resolve_or_print(
+    kind: type[ConfigT],
+    args: argparse.Namespace,
+    check: Callable[[ConfigT], None] = lambda config: None,
+) -> ConfigT | None:
+    """The resolved configuration, or None after printing it for `--dry-run`.
+
+    `check` raises if what the configuration names cannot be used.
+    """
     data = load_data(args.config, args.merges, args.overrides)
     config = validate(kind, data, str(args.config))
+    check(config)
     if args.dry_run:
         sys.stdout.write(dump_config(config))
         return None
@@ -66,6 +74,9 @@ def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
     except (UserError, InfraError, ModelError, DivergedError, StoppedError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return int(error.exit_code)
+    except OSError as error:
+        print(f"error: {_one_line(error)}; free some space or mend the folder", file=sys.stderr)
+        return InfraError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -159,7 +159,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError names the file and line of a syntax error."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give an existing YAML file")
-    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); mend it") from error
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

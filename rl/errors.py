@@ -36,6 +36,13 @@ class StoppedError(Exception):
         self.exit_code = exit_code
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that an error ends a command with; a full disk is the machine's fault."""
+    if isinstance(error, OSError):
+        return InfraError.exit_code
+    return int(getattr(error, "exit_code", 1))
+
+
 __all__ = [
     "CheckpointStateError",
     "ConfigError",
@@ -45,4 +52,5 @@ __all__ = [
     "SplitError",
     "StoppedError",
     "UserError",
+    "exit_code_of",
 ]

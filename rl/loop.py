@@ -32,6 +32,7 @@ from rl.errors import (
     DivergedError,
     InfraLimitError,
     StoppedError,
+    exit_code_of,
 )
 from rl.expert_iteration import ExpertPool, round_ends
 from rl.rollout import Rollout, plan_step, run_local
@@ -80,6 +81,7 @@ def run(
     """
     folder = RunDir(path)
     source = resolve_checkpoint(config.model.checkpoint)
+    pick_device(config.device)  # an unknown one is refused before anything is made
     folder.open(dump_config(config), resume=resume)
     try:
         if folder.result is not None:
@@ -114,7 +116,7 @@ def _run(
         status.close("cancelled", error.exit_code, signal=error.signal_name, reason=str(error))
         raise
     except BaseException as error:
-        code = int(getattr(error, "exit_code", 1))
+        code = exit_code_of(error)
         _finish(wandb, code)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         status.close("failed", code, reason=reason)

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from rl.errors import CheckpointStateError
+from rl.errors import CheckpointStateError, InfraError
 
 HEARTBEAT_S = 2.0
 Row = dict[str, Any]
@@ -142,12 +143,16 @@ class RunDir:
         CheckpointStateError if it holds a run and `resume` is not given, or another configuration,
         or if another process is writing in it. The lock goes with the process, also on kill -9.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise CheckpointStateError(
                 f"another process is running in {self.path}; wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise CheckpointStateError(
+                f"cannot make the run directory {self.path}: {error.strerror}; name another folder"
             ) from error
         config_path = self.path / "config.resolved.yaml"
         if config_path.is_file():
@@ -203,7 +208,12 @@ class RunDir:
         temporary = self.checkpoints / f".step-{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        write(temporary)
+        try:
+            write(temporary)
+        except (OSError, SafetensorError) as error:
+            raise InfraError(
+                f"cannot write {target}: {error}; free some space, then go on with --resume"
+            ) from error
         for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
             fsync_folder(folder)
         if target.exists():

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from model.layout import check_checkpoint
+from rl.checkpoints import resolve_checkpoint
 from rl.cli import config_parser, main_guard, resolve_or_print
 from rl.config import RunConfig
+from rl.envs.mle.prompts import load_scaffold
 from rl.errors import ConfigError, StoppedError
 from rl.splits import trainable_ids
 
@@ -48,6 +51,13 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def check_inputs(config: RunConfig) -> None:
+    """Raise for competitions, a scaffold or a checkpoint that a run could not use; no torch."""
+    trainable_ids(config.suite, config.competitions)
+    load_scaffold(Path(config.scaffold) if config.scaffold else None)
+    check_checkpoint(resolve_checkpoint(config.model.checkpoint))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run; returns the exit code."""
     parser = config_parser("rl.train", "train a policy with CISPO or expert iteration")
@@ -56,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--resume", action="store_true", help="go on with the run in the directory, if there is one"
     )
     args = parser.parse_intermixed_args(argv)
-    config = resolve_or_print(RunConfig, args)
+    config = resolve_or_print(RunConfig, args, check_inputs)
     if config is None:
         return 0
     if args.run_dir is None:

@@ -8,6 +8,7 @@ is in every proposal event and on every PR.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -108,11 +109,12 @@ def read_reply(message: Mapping[str, Any], tools: Sequence[Tool], call_id: str) 
     arguments, is `Malformed`: sense is never guessed, only form.
     """
     by_name = {tool["function"]["name"]: tool["function"] for tool in tools}
-    calls = message.get("tool_calls") or []
+    calls = tool_calls(message)
     if calls:
         first = calls[0]
-        function = first.get("function") or {}
-        name, raw = str(function.get("name") or ""), function.get("arguments")
+        name, raw = str(first["function"].get("name") or ""), first["function"].get("arguments")
+        if not name:
+            return Malformed("a tool call without a name")
         found = _arguments(raw if raw is not None else "{}")
         identity = str(first.get("id") or call_id)
     else:
@@ -135,6 +137,28 @@ def read_reply(message: Mapping[str, Any], tools: Sequence[Tool], call_id: str) 
     return Call(name, arguments, identity, repaired or fixed)
 
 
+def tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tool calls of a message, each with a mapping as `function`, whatever a server sent."""
+    calls = message.get("tool_calls") or []
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = call if isinstance(call, dict) else {}
+        function = call.get("function")
+        found.append({**call, "function": function if isinstance(function, dict) else {}})
+    return found
+
+
+def printable(value: Any) -> Any:
+    """JSON of others with what UTF-8 cannot hold (lone surrogates) replaced by `?`."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {str(printable(key)): printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [printable(inner) for inner in value]
+    return value
+
+
 def argument_fault(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:
     """What is wrong with `arguments` by a flat JSON schema; None if nothing is."""
     properties = schema["properties"]
@@ -147,13 +171,20 @@ def argument_fault(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> s
         rule = properties[name]
         if rule["type"] == "string" and not isinstance(value, str):
             return f"{name} must be a string"
-        if rule["type"] == "number" and (
-            isinstance(value, bool) or not isinstance(value, (int, float))
-        ):
+        if rule["type"] == "number" and not _finite(value):
             return f"{name} must be a number"
         if "enum" in rule and value not in rule["enum"]:
             return f"{name} must be one of {' '.join(rule['enum'])}"
     return None
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        return False
 
 
 def _arguments(raw: Any) -> tuple[dict[str, Any], bool] | None:
@@ -163,8 +194,8 @@ def _arguments(raw: Any) -> tuple[dict[str, Any], bool] | None:
     text = str(raw)
     for candidate, repaired in ((text, False), (repair_json(text), True)):
         try:
-            value = json.loads(candidate)
-        except ValueError:
+            value = printable(json.loads(candidate))
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             return value, repaired
@@ -217,8 +248,8 @@ def _embedded_call(text: str) -> tuple[str, dict[str, Any]] | None:
     if "{" not in text:
         return None
     try:
-        value = json.loads(repair_json(text))
-    except ValueError:
+        value = printable(json.loads(repair_json(text)))
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
@@ -266,5 +297,5 @@ def plain_message(message: Mapping[str, Any], step: Call | Malformed) -> Message
         return plain
     text = str(message.get("content") or "")
     if not text and message.get("tool_calls"):
-        text = json.dumps(message["tool_calls"][0].get("function"), ensure_ascii=False)
+        text = json.dumps(tool_calls(message)[0]["function"], ensure_ascii=False)
     return {"role": "assistant", "content": text[:400]}

@@ -182,6 +182,8 @@ def create(
     folder = campaign_folder(lab, name)
     if commands.check_machine:
         check_machine(config.suite)
+    if config.agent.kind == "model":
+        Endpoint(config.agent, folder, commands.serve).check()
     try:
         _dry_run(folder, texts[TRAIN_CONFIG], config, parent, commands)
         (folder / "jobs").mkdir(parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def init(
         out({"lab": str(lab.absolute()), "commit": commit, "healthy": healthy})
         return
     print(f"lab {lab} (commit {(commit or '')[:12]})")
-    print(f"next: selfevo run {lab}")
+    print(f"next: selfevo run {shlex.quote(str(lab))}")
 
 
 @app.command()
@@ -272,6 +273,10 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        say(f"error: cannot use{where}: {error.strerror or error}; free some space or mend it")
+        sys.exit(5)
     sys.exit(code if isinstance(code, int) else 0)
 
 

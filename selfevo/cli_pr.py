@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,7 +141,7 @@ def review(
     else:
         print(
             f"PR {number}: {answered['state'].replace('_', ' ')}; go on with "
-            f"`selfevo resume {root}`"
+            f"`selfevo resume {shlex.quote(str(root))}`"
         )
 
 

@@ -9,10 +9,18 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -51,6 +59,13 @@ class AgentSection(Strict):
     max_calls: int = Field(default=8, ge=1, le=64)
     """Model calls a round; together with three failed calls this bounds the tool loop."""
     timeout_s: float = Field(default=120.0, gt=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        if url != "auto" and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+            raise ValueError("must be auto, or an address such as http://127.0.0.1:8000/v1")
+        return url
 
 
 class BudgetSection(Strict):

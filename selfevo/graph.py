@@ -211,9 +211,15 @@ def _saver(path: Path) -> Iterator[SqliteSaver]:
             probe.execute("pragma schema_version").fetchone()
         probe.close()
     except sqlite3.DatabaseError:
-        path.replace(path.with_suffix(".damaged"))
-    with SqliteSaver.from_conn_string(str(path)) as saver:
-        yield saver
+        if path.exists():
+            path.replace(path.with_suffix(".damaged"))
+    try:
+        with SqliteSaver.from_conn_string(str(path)) as saver:
+            yield saver
+    except sqlite3.OperationalError as error:
+        raise InfraError(
+            f"cannot write {path}: {error}; free some space, then `selfevo resume`"
+        ) from error
 
 
 def _trim(saver: SqliteSaver) -> str:

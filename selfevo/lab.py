@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -80,7 +81,7 @@ def check_lab(lab: Path) -> LabRepo:
     stands on disk, then uncommitted changes in files that a campaign starts from.
     """
     if not lab.is_dir():
-        raise UserError(f"{lab}: no such folder; make a lab with `selfevo init {lab}`")
+        raise UserError(f"{lab}: no such folder; make a lab with `selfevo init {_word(lab)}`")
     repo = LabRepo(lab)
     repo.require_clean_head()
     read_lab(lab)
@@ -89,7 +90,7 @@ def check_lab(lab: Path) -> LabRepo:
     if protected:
         raise UserError(
             f"{lab}: the protected file {protected[0]} has uncommitted changes; commit them or "
-            f"take them back with `git -C {lab} checkout -- {protected[0]}`"
+            f"take them back with `git -C {_word(lab)} checkout -- {protected[0]}`"
         )
     if dirty:
         raise UserError(
@@ -97,6 +98,11 @@ def check_lab(lab: Path) -> LabRepo:
             "commit; commit them or take them back"
         )
     return repo
+
+
+def _word(path: Path) -> str:
+    """A path as one word of a command line."""
+    return shlex.quote(str(path))
 
 
 def read_lab(lab: Path) -> LabFiles:
@@ -148,7 +154,7 @@ def find_campaign(path: Path, name: str | None = None) -> tuple[Path, str]:
             raise UserError(f"{path}: no campaign {name}; {known}")
         return path, name
     if not found:
-        raise UserError(f"{path}: no campaign here; start one with `selfevo run {path}`")
+        raise UserError(f"{path}: no campaign here; start one with `selfevo run {_word(path)}`")
     return path, found[-1]
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,9 +20,13 @@ from typing import Any
 
 from agent_tools.errors import InfraError, UserError
 from agent_tools.paths import repo_root
+from selfevo.agents import printable
 from selfevo.config import AgentSection
 
 START_LIMIT_S = 180.0
+GREETING_LIMIT_S = 20.0
+RETRIES = 2
+RETRY_PAUSES_S = 20.0  # what the client may sleep between its attempts
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,16 +81,31 @@ class Endpoint:
                 raise
         key = os.environ.get(self._settings.api_key_env, "") or "none"
         self._client = openai.OpenAI(
-            base_url=self.base_url, api_key=key, timeout=self._settings.timeout_s, max_retries=2
+            base_url=self.base_url,
+            api_key=key,
+            timeout=self._settings.timeout_s,
+            max_retries=RETRIES,
         )
+        limit = min(GREETING_LIMIT_S, self._settings.timeout_s)
         try:
-            self._client.models.list()
+            self._client.models.list(timeout=limit)
+        except openai.APITimeoutError as error:
+            self.close()
+            raise self._down(f"no answer within {limit:g} s") from error
         except openai.APIConnectionError as error:
             self.close()
             raise self._down("no connection") from error
-        except (openai.OpenAIError, ValueError, AttributeError):
+        except (openai.OpenAIError, ValueError, AttributeError, RecursionError):
             pass  # it answers; many servers lack this route or guard it, the chat call will tell
         return self
+
+    def check(self) -> None:
+        """Raise if the model is not there; starts no server and leaves nothing open."""
+        if self._settings.base_url == "auto":
+            _bundled_checkpoint()
+        else:
+            with self:
+                pass
 
     def __exit__(
         self,
@@ -117,17 +137,21 @@ class Endpoint:
 
         assert self._client is not None, "use Endpoint as a context manager"
         try:
-            reply = self._client.chat.completions.create(**request)
+            reply = self._within_limit(request)
+        except openai.APITimeoutError as error:
+            raise self._down(f"no answer within {self._settings.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
             raise self._down("no connection") from error
         except openai.APIStatusError as error:
             detail = " ".join(str(error).split())[:160]
             raise self._down(f"HTTP {error.status_code}: {detail}") from error
-        except (openai.OpenAIError, ValueError) as error:
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
             raise self._down(f"not a chat completion ({type(error).__name__})") from error
         if not hasattr(reply, "model_dump"):
             raise self._down("not a chat completion")
-        record: dict[str, Any] = reply.model_dump(mode="json", exclude_none=True, warnings=False)
+        record: dict[str, Any] = printable(
+            reply.model_dump(mode="json", exclude_none=True, warnings=False)
+        )
         choices = record.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise self._down("a reply without choices")
@@ -135,19 +159,38 @@ class Endpoint:
             raise self._down("a choice without a message")
         return record
 
+    def _within_limit(self, request: Mapping[str, Any]) -> Any:
+        """The client's answer; raises what it raises, or `InfraError` if all its time is up.
+
+        The client's own limit is a pause between two bytes, which a server that sends blanks to
+        keep the line open never reaches; the thread that waits for it ends with its socket.
+        """
+        found: list[Any] = []
+
+        def ask() -> None:
+            try:
+                found.append(self._client.chat.completions.create(**request))
+            except Exception as error:  # noqa: BLE001 - raised again by who waits
+                found.append(error)
+
+        thread = threading.Thread(target=ask, name="chat", daemon=True)
+        thread.start()
+        limit = self._settings.timeout_s * (RETRIES + 1) + RETRY_PAUSES_S
+        thread.join(limit)
+        if not found:
+            raise self._down(f"no whole answer within {limit:g} s")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
     def _down(self, what: str) -> InfraError:
         return InfraError(
-            f"model endpoint {self.base_url}: {what}; start it or set agent.base_url in "
-            "selfevo.yaml, then `selfevo resume`"
+            f"model endpoint {self.base_url}: {what}; start it and try again (`selfevo resume` "
+            "goes on with a campaign), or set agent.base_url in selfevo.yaml and `selfevo run`"
         )
 
     def _start(self) -> str:
-        checkpoint = repo_root() / "model" / "checkpoints" / "nano"
-        if not (checkpoint / "config.json").is_file():
-            raise UserError(
-                f"{checkpoint}: the bundled model is missing; restore it, or set agent.base_url "
-                "and agent.model in selfevo.yaml"
-            )
+        checkpoint = _bundled_checkpoint()
         port_file = self._folder / "serve.json"
         port_file.unlink(missing_ok=True)
         log = self._folder / "serve.log"
@@ -174,6 +217,16 @@ class Endpoint:
         raise InfraError(
             f"the bundled server did not answer within {START_LIMIT_S:.0f} s; see {log}"
         )
+
+
+def _bundled_checkpoint() -> Path:
+    checkpoint = repo_root() / "model" / "checkpoints" / "nano"
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint}: the bundled model is missing; restore it, or set agent.base_url "
+            "and agent.model in selfevo.yaml"
+        )
+    return checkpoint
 
 
 def _address(port_file: Path) -> str | None:

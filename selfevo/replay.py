@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfevo import text
+from selfevo.agents import tool_calls
 from selfevo.events import Event
 from selfevo.memory import clean, gate_line
 from selfevo.store import LogError, read_blob, read_events
@@ -138,8 +139,8 @@ def _reply(response: dict[str, Any], seconds: float) -> list[str]:
     if reasoning:
         lines += [f"  thinks: {line}" for line in _lines(str(reasoning))]
     lines += [f"  {line}" for line in _lines(str(message.get("content") or ""))]
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
+    for call in tool_calls(message):
+        function = call["function"]
         lines.append("  " + clean(f"{function.get('name')} {function.get('arguments')}"))
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from selfevo import text
@@ -29,7 +30,7 @@ def lines(view: CampaignView, folder: Path, code: int) -> list[str]:
 
 def next_commands(view: CampaignView, folder: Path, code: int) -> list[str]:
     """Three commands that make sense now."""
-    lab = folder.parent.parent
+    lab = shlex.quote(str(folder.parent.parent))
     if code == 4 and view.now.pr is not None:
         number = view.now.pr
         return [

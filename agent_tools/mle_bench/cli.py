@@ -43,11 +43,18 @@ WhichOption = Annotated[str, typer.Option("--which", help="private or dev")]
 
 def main() -> None:
     """Run the command; user and infrastructure errors become one line and an exit code."""
+    name = "python -m agent_tools.mle_bench"
     try:
-        app(prog_name="python -m agent_tools.mle_bench")
+        code = app(prog_name=name, standalone_mode=False)
     except (UserError, InfraError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        print(f"error: {error.format_message()}; see `{name} --help`", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @app.command("list")
@@ -63,12 +70,13 @@ def list_command(
         f"{'competition':20} {'split':6} {'kind':11} {'metric':8} gold / silver / bronze / median"
     )
     for row in rows:
+        if not row["prepared"]:
+            print(f"{row['id']:20} {row['split']:6} not prepared")
+            continue
         limits = row["thresholds"]
         shown = " / ".join(f"{value:.5f}" for value in limits.values()) if limits else "not fitted"
         print(
             f"{row['id']:20} {row['split']:6} {row['facts']['kind']:11} {row['metric']:8} {shown}"
-            if row["prepared"]
-            else f"{row['id']:20} {row['split']:6} not prepared"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from agent_tools.errors import UserError
-from agent_tools.wandb_logs.records import read_wandb
+from agent_tools.wandb_logs.records import WandbFile, read_wandb
 from agent_tools.wandb_logs.rows import RowCollector, flatten
 from agent_tools.wandb_logs.sidecar import read_sidecar
 
@@ -48,7 +48,8 @@ def read_run(run_dir: Path, *, prefer: Literal["auto", "wandb", "sidecar"] = "au
 
     auto: a run that ended by itself (status done, or failed with an exit code) is read from its
     latest ``.wandb`` file; a live, cancelled or crashed one from ``metrics.jsonl``; the other log
-    is the stand-in for a missing one, with a warning. "wandb" and "sidecar" read that log only.
+    is the stand-in for a missing one, and the side-car for an unreadable ``.wandb`` file, with a
+    warning. "wandb" and "sidecar" read that log only.
 
     Raises `UserError` if the directory or both logs are missing, or a log is another kind of file.
     """
@@ -63,18 +64,36 @@ def read_run(run_dir: Path, *, prefer: Literal["auto", "wandb", "sidecar"] = "au
     config = _resolved_config(run_dir, rows)
     if source == "wandb":
         assert wandb_file is not None
-        content = read_wandb(wandb_file, rows)
-        config = config or content.config
-        if state == "unknown" and content.exit_code is not None:
-            state = "done" if content.exit_code == 0 else "failed"
-    elif source == "sidecar":
+        content = _wandb_content(wandb_file, rows, prefer == "auto" and sidecar.is_file())
+        if content is None:
+            source = "sidecar"
+        else:
+            config = config or content.config
+            if state == "unknown" and content.exit_code is not None:
+                state = "done" if content.exit_code == 0 else "failed"
+    if source == "sidecar":
         read_sidecar(sidecar, rows)
-    elif state in ("unknown",):
+    elif source is None and state == "unknown":
         raise UserError(
             f"{run_dir} is no run directory (no status.json, metrics.jsonl or wandb/): "
             "give the --run-dir of a run"
         )
     return RunHistory(rows.rows(), config, state, source or "sidecar", rows.warnings)
+
+
+def _wandb_content(path: Path, rows: RowCollector, has_stand_in: bool) -> WandbFile | None:
+    """The file's content; with a stand-in, None (and a warning) where nothing could be read."""
+    try:
+        content = read_wandb(path, rows)
+    except UserError as error:
+        if not has_stand_in:
+            raise
+        rows.warn(f"{error}; the sidecar log was read instead")
+        return None
+    if has_stand_in and not rows.rows():
+        rows.warn(f"{path.name} holds no row: the sidecar log was read instead")
+        return None
+    return content
 
 
 def latest_wandb_file(run_dir: Path) -> Path | None:

@@ -144,19 +144,24 @@ def _ask(c: Campaign, tools: list[dict[str, Any]]) -> None:
     started = time.monotonic()
     response = c.endpoint.chat(request)
     seconds = time.monotonic() - started
-    usage = response.get("usage") or {}
+    usage = response.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
     c.emit(
         "agent.reply",
         {
             "blob": c.store.json_blob(response),
             "seconds": round(seconds, 3),
-            "finish_reason": response["choices"][0].get("finish_reason"),
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "completion_tokens": usage.get("completion_tokens"),
+            "finish_reason": memory.clean(str(response["choices"][0].get("finish_reason")), 40),
+            "prompt_tokens": _count(usage.get("prompt_tokens")),
+            "completion_tokens": _count(usage.get("completion_tokens")),
         },
         actor="agent",
         cause=asked.seq,
     )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def conversation(c: Campaign) -> list[Message]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from agent_tools.errors import InfraError
 from selfevo import arms, jobs
 from selfevo.arms import RunRequest
@@ -49,7 +51,8 @@ def _scores(c: Campaign, request: RunRequest) -> None:
         if request.role == "control":
             raise InfraError(
                 f"the evaluation {job.id} failed ({job.reason}); see "
-                f"{c.run_dir(job.folder) / 'stderr.log'}, then `selfevo resume {c.lab}`"
+                f"{c.run_dir(job.folder) / 'stderr.log'}, then "
+                f"`selfevo resume {shlex.quote(str(c.lab))}`"
             )
         return
     path = c.run_dir(job.folder) / "scores.jsonl"
@@ -59,7 +62,7 @@ def _scores(c: Campaign, request: RunRequest) -> None:
         if request.role == "control":
             raise InfraError(
                 f"every script of {job.id} failed for reasons of the machine; see "
-                f"{path}, then `selfevo resume {c.lab}`"
+                f"{path}, then `selfevo resume {shlex.quote(str(c.lab))}`"
             )
         return
     c.emit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from agent_tools.errors import InfraError
 from selfevo import jobs
 from selfevo.campaign import Campaign
@@ -18,6 +20,7 @@ def run(c: Campaign) -> str:
         if request.role == "control" and job.state == "failed":
             raise InfraError(
                 f"the control run {job.id} failed ({job.reason}); see "
-                f"{c.run_dir(job.folder) / 'stderr.log'}, then `selfevo resume {c.lab}`"
+                f"{c.run_dir(job.folder) / 'stderr.log'}, then "
+                f"`selfevo resume {shlex.quote(str(c.lab))}`"
             )
     return "evaluate"
