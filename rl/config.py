@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 
+from agent_tools.config_text import parse_yaml
 from rl.errors import ConfigError
 
 
@@ -164,25 +165,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); mend it") from error
     return parse_yaml(text, str(path))
-
-
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse `text` (YAML 1.2) to a mapping; `where` names the source in messages."""
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(error.problem or error.context or "syntax error").split())
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}; fix that line") from error
-    except YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected a mapping of keys, got {type(value).__name__}")
-    return value
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+from agent_tools.config_text import ConfigError
 from agent_tools.errors import InfraError, UserError
-
-
-class ConfigError(UserError):
-    """A run file, override or argument is wrong; the message says what, where and what to do."""
 
 
 class SplitError(UserError):

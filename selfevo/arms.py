@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfevo.config import TRAIN_CONFIG, BudgetSection, EvalConfig, dump_yaml, parse_yaml
+from agent_tools.config_text import parse_yaml
+from selfevo.config import TRAIN_CONFIG, BudgetSection, EvalConfig, dump_yaml
 from selfevo.gate import Budget
 from selfevo.llm import ServeCommand
 from selfevo.store import canonical, sha256

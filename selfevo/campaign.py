@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from agent_tools.config_text import parse_yaml
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo
 from agent_tools.launcher.local import LocalLauncher
@@ -32,7 +33,6 @@ from selfevo.config import (
     flatten,
     load_eval,
     load_lab_config,
-    parse_yaml,
 )
 from selfevo.events import Actor, Event
 from selfevo.lab import campaign_folder, next_name, parse_lab

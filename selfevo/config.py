@@ -22,18 +22,13 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from agent_tools.errors import UserError
+from agent_tools.config_text import ConfigError, parse_yaml
 
 #: Files that only a person may change; hashed at the start of a campaign.
 PROTECTED = ("selfevo.yaml", "search_space.yaml", "configs/eval.yaml")
 TRAIN_CONFIG = "configs/train.yaml"
 NOTES = "memory/NOTES.md"
-
-
-class ConfigError(UserError):
-    """A configuration file that cannot be used; the message names file, line or key."""
 
 
 class Strict(BaseModel):
@@ -237,24 +232,6 @@ def _step_fault(spec: KeySpec, before: float, after: float) -> str | None:
 # ------------------------------------------------------------------ reading
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping in YAML 1.2 `text`; `ConfigError` names `where` and the line of a fault."""
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(error.problem or error.context or "syntax error").split())
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}; fix that line") from error
-    except YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected a mapping of keys, got {type(value).__name__}")
-    return value
 
 
 def validate(kind: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:

@@ -23,15 +23,14 @@ from ruamel.yaml.events import (
     SequenceStartEvent,
 )
 
+from agent_tools.config_text import ConfigError, parse_yaml
 from selfevo.config import (
     PROTECTED,
     TRAIN_CONFIG,
-    ConfigError,
     SearchSpace,
     edit_fault,
     flatten,
     nearest,
-    parse_yaml,
 )
 from selfevo.store import sha256
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from agent_tools.config_text import parse_yaml
 from agent_tools.errors import UserError
 from agent_tools.git_configs import LabRepo, edit_yaml, init_lab_repo
 from selfevo.config import (
@@ -29,7 +30,6 @@ from selfevo.config import (
     load_lab_config,
     load_space,
     nearest,
-    parse_yaml,
 )
 
 TEMPLATE = Path(__file__).parent / "lab_template"

@@ -15,6 +15,7 @@ import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
 from selfevo_lab import point_at
 
+from agent_tools.config_text import ConfigError
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo
 from selfevo import cli, llm, loop, replay, report
@@ -22,7 +23,7 @@ from selfevo.agent_prompts import AGENT_TOOLS, call_message
 from selfevo.agents import Call, Malformed, plain_message, read_reply
 from selfevo.arms import Commands
 from selfevo.campaign import RunOptions, read_view
-from selfevo.config import AgentSection, ConfigError, load_lab_config
+from selfevo.config import AgentSection, load_lab_config
 from selfevo.lab import find_campaign
 from selfevo.llm import Endpoint
 from selfevo.summary import next_commands

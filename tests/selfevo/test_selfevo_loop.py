@@ -81,7 +81,7 @@ def test_a_campaign_mends_the_bad_setting(lab: Path, commands: Commands) -> None
 
 def test_both_arms_share_parent_seeds_and_budget(lab: Path, commands: Commands) -> None:
     _, folder = loop.start(lab, RunOptions(agent="rules", rounds=1, seed=3), quiet, commands)
-    from selfevo.config import parse_yaml
+    from agent_tools.config_text import parse_yaml
 
     runs = {p.stem: parse_yaml(p.read_text(), p.name) for p in folder.glob("arms/*/r*-s*.yaml")}
     for index in (0, 1):
