@@ -89,17 +89,32 @@ HEALTHY: Mapping[str, Draw] = {
 }
 
 
+#: Training runs from this index on use some of the competitions, as a user's runs may; the test
+#: set and the first ones use all.
+FIRST_MIXED = 50
+COMPETITIONS = (
+    (),
+    ("diamonds-price",),
+    ("tweet-sentiment",),
+    ("diamonds-price", "tweet-sentiment"),
+    ("diamonds-price", "tweet-sentiment"),
+    ("diamonds-price", "food-reviews"),
+)
+
+
 def plan(kind: str, index: int) -> dict[str, Any]:
     """The example `index` of the `train` or `test` set: seed, config overrides, fault or None."""
     seed = FIRST_SEED[kind] + index
     rng = random.Random(seed)
     parity = 0 if kind == "train" else 1
-    config: dict[str, float] = {key: draw(rng, parity) for key, draw in HEALTHY.items()}
+    config: dict[str, Any] = {key: draw(rng, parity) for key, draw in HEALTHY.items()}
     fault = None
     if rng.random() >= HEALTHY_SHARE:
         chosen = FAULTS[index % len(FAULTS)]
         config[chosen.key] = chosen.draw(rng, parity)
         fault = {"key": chosen.key, "direction": chosen.repair}
+    if kind == "train" and index >= FIRST_MIXED and (some := rng.choice(COMPETITIONS)):
+        config["competitions"] = json.dumps(some)
     return {"seed": seed, "config": config, "fault": fault}
 
 
