@@ -84,7 +84,8 @@ def rotate(x_MND: Tensor, cos_M1r: Tensor, sin_M1r: Tensor) -> Tensor:
     return torch.cat([*turned, rest], dim=-1)
 
 
-def _rows(x_MND: Tensor, shape: tuple[int, int]) -> Tensor:
+def rows_first(x_MND: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Flat tokens (B·T, N, D) as (B, N, T, D), for `shape` (B, T)."""
     return x_MND.view(*shape, *x_MND.shape[1:]).transpose(1, 2)
 
 
@@ -113,7 +114,7 @@ class CausalAttend:
         self.mask_B1TS = None if pad_left_B is None else left_pad_mask(time, time, pad_left_B)
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        q, k, v = (_rows(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
+        q, k, v = (rows_first(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
         out = scaled_attention(q, k, v, self.mask_B1TS, causal=self.mask_B1TS is None)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
@@ -130,20 +131,25 @@ class PackedAttend:
         self.places = batch * time
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        q, k, v = (self._place(x) for x in (q_MND, k_MKD, v_MKD))
-        out = self.padded(layer, q, k, v)
-        picked: Tensor = _Pick.apply(out, self.place_M)  # type: ignore[no-untyped-call]
-        return picked
+        q, k, v = (place(x, self.place_M, self.places) for x in (q_MND, k_MKD, v_MKD))
+        return pick(self.padded(layer, q, k, v), self.place_M)
 
-    def _place(self, x_MND: Tensor) -> Tensor:
-        placed: Tensor = _Place.apply(  # type: ignore[no-untyped-call]
-            x_MND, self.place_M, self.places
-        )
-        return placed
+
+def place(x_MX: Tensor, place_M: Tensor, places: int) -> Tensor:
+    """(places, …) with row m of `x_MX` in place `place_M`[m], all different, and zeros elsewhere;
+    the gradient is `pick`."""
+    placed: Tensor = _Place.apply(x_MX, place_M, places)  # type: ignore[no-untyped-call]
+    return placed
+
+
+def pick(x_PX: Tensor, place_M: Tensor) -> Tensor:
+    """Rows `place_M`, all different, of `x_PX`; the gradient is `place`."""
+    picked: Tensor = _Pick.apply(x_PX, place_M)  # type: ignore[no-untyped-call]
+    return picked
 
 
 class _Place(torch.autograd.Function):
-    """Rows put into places of their own among zeros, so that the gradient is a pick."""
+    """See `place`."""
 
     @staticmethod
     def forward(ctx: Any, x_MX: Tensor, place_M: Tensor, places: int) -> Tensor:
@@ -156,7 +162,7 @@ class _Place(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """The inverse of `_Place`."""
+    """See `pick`."""
 
     @staticmethod
     def forward(ctx: Any, x_PX: Tensor, place_M: Tensor) -> Tensor:
@@ -228,7 +234,7 @@ class CachedAttend:
         self.causal = not masked and time > 1
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        q, k, v = (_rows(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
+        q, k, v = (rows_first(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[:, :, self.start : self.end] = k
         values[:, :, self.start : self.end] = v

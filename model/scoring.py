@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import PackedAttend
 from model.errors import ModelError
+from model.shared_prefix import lay_out
 from model.transformer import Transformer
 
 # Logits are made in pieces of this many numbers, each remade in the backward pass when there is
@@ -40,7 +40,8 @@ def score_tokens(
     """Score right-padded rows, differentiably; `temperature` may be one number a row (B).
 
     `wanted_BT` (bool) limits the output head to these tokens (a response, not its prompt). Work is
-    spent on real tokens only, so rows of very different length cost no more than even ones.
+    spent on real tokens only, so rows of very different length cost no more than even ones; and
+    what rows have in common to the left is computed once (`shared_prefix`).
     Raises ModelError for lengths beyond the columns and rows beyond the model's context.
     """
     batch, time = ids_BT.shape
@@ -56,16 +57,12 @@ def score_tokens(
     if wanted_BT is not None:
         wanted = wanted & wanted_BT
     row_n, column_n = wanted.nonzero(as_tuple=True)
-    # A row's last token predicts nothing, so it is left out, and so is padding.
-    read_BT = column_T < lengths_B[:, None] - 1
-    row_M, column_M = read_BT.nonzero(as_tuple=True)
     if not len(row_n):
         nothing_BT = torch.zeros(batch, time, device=ids_BT.device)
         return TokenScores(nothing_BT, nothing_BT)
-    attend = PackedAttend(batch, time, row_M * time + column_M)
-    x_MH = model.run(ids_BT[row_M, column_M], column_M, attend)
-    at_BT = read_BT.flatten().cumsum(0).view(batch, time) - 1
-    x_nH = x_MH.index_select(0, at_BT[row_n, column_n - 1])
+    layout = lay_out(ids_BT, lengths_B)
+    x_MH = model.run(ids_BT[layout.row_M, layout.column_M], layout.column_M, layout.attend)
+    x_nH = x_MH.index_select(0, layout.at_BT[row_n, column_n - 1])
     if isinstance(temperature, Tensor):
         scale_n1 = temperature.to(x_nH.device)[row_n, None]
     else:

@@ -4,7 +4,7 @@ Experts are kept in use by a sign update of the router's selection bias after ev
 (`Transformer.balance`), whose size follows the learning rate: it steers selection only, so the
 language loss keeps its gradient and no auxiliary loss is needed.
 
-Shape legend: B rows, T tokens, N reply tokens, V vocabulary, H hidden size.
+Shape legend: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.moe import MoE
+from model.scoring import score_tokens
 from model.transformer import Transformer
 from rl.errors import DivergedError
 from rl.sft_config import SftConfig
@@ -70,16 +70,12 @@ def to_device(batch: MicroBatch, device: torch.device) -> DeviceBatch:
 def supervised_loss(model: Transformer, batch: DeviceBatch) -> Tensor:
     """Σ weight · −log p(reply token) over the micro-batch (not divided).
 
-    Token t is predicted at t − 1, so the first reply token is predicted by the last prompt token.
     The head is computed at predictors of reply tokens only, in float32.
     """
     column_T = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     reply_BT = (column_T >= batch.prompt[:, None]) & (column_T < batch.lengths[:, None])
-    row_N, column_N = reply_BT.nonzero(as_tuple=True)
-    hidden_BTH = model.hidden(batch.ids)
-    logits_NV = model.head(hidden_BTH[row_N, column_N - 1])
-    nll_N = F.cross_entropy(logits_NV, batch.ids[row_N, column_N], reduction="none")
-    return (nll_N * batch.weight[row_N]).sum()
+    scores = score_tokens(model, batch.ids, batch.lengths, wanted_BT=reply_BT)
+    return -(scores.logp_BT * batch.weight[:, None]).sum()
 
 
 @torch.no_grad()
