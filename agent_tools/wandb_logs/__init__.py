@@ -2,13 +2,16 @@
 
 `read_run` reads a run directory (design: the ``.wandb`` file of a run that ended by itself, the
 side-car ``metrics.jsonl`` of a live or crashed one), `digest` turns the history into at most 300
-tokens, `detect` into findings. Neither wandb nor protobuf is imported before a ``.wandb`` file
+tokens, `detect` into findings. `translate` reads the metric names of other trainers, whose runs
+`detect_portable` judges. Neither wandb nor protobuf is imported before a ``.wandb`` file
 is opened.
 """
 
 from agent_tools.wandb_logs.detectors import Finding, Suggestion, detect
+from agent_tools.wandb_logs.dialects import Translated, translate
 from agent_tools.wandb_logs.digest import DEFAULT_KEYS, Digest, digest
-from agent_tools.wandb_logs.history import RunHistory, read_run
+from agent_tools.wandb_logs.history import RunHistory, read_anything, read_run
+from agent_tools.wandb_logs.portable import detect_portable
 
 __all__ = [
     "DEFAULT_KEYS",
@@ -16,7 +19,11 @@ __all__ = [
     "Finding",
     "RunHistory",
     "Suggestion",
+    "Translated",
     "detect",
+    "detect_portable",
     "digest",
+    "read_anything",
     "read_run",
+    "translate",
 ]

@@ -75,7 +75,7 @@ def detect(history: RunHistory) -> list[Finding]:
     return sorted(findings, key=lambda finding: rank[finding.severity])  # stable
 
 
-def _finite(history: RunHistory, key: str) -> list[Point]:
+def finite(history: RunHistory, key: str) -> list[Point]:
     return [point for point in history.series(key) if math.isfinite(point[1])]
 
 
@@ -84,17 +84,17 @@ def _third(points: Sequence[Point]) -> int:
     return max(1, -(-len(points) // 3))
 
 
-def _mean(points: Sequence[Point]) -> float:
+def mean(points: Sequence[Point]) -> float:
     # Divided one by one: the sum of huge values may overflow.
     return math.fsum(value / len(points) for _, value in points)
 
 
-def _window(points: Sequence[Point]) -> str:
+def window(points: Sequence[Point]) -> str:
     steps = f"{points[0][0]}-{points[-1][0]}" if len(points) > 1 else f"{points[0][0]}"
-    return f"{_mean(points):.3g} over steps {steps}"
+    return f"{mean(points):.3g} over steps {steps}"
 
 
-def _ends(points: Sequence[Point]) -> tuple[Sequence[Point], Sequence[Point]] | None:
+def thirds(points: Sequence[Point]) -> tuple[Sequence[Point], Sequence[Point]] | None:
     """First and last third; None with fewer than three rows, which show no trend."""
     if len(points) < 3:
         return None
@@ -102,7 +102,7 @@ def _ends(points: Sequence[Point]) -> tuple[Sequence[Point], Sequence[Point]] | 
     return points[:size], points[-size:]
 
 
-def _non_finite(history: RunHistory) -> list[Finding]:
+def finding_of_non_finite(history: RunHistory) -> list[Finding]:
     broken: list[tuple[int, str, float]] = []
     for key in history.keys():  # noqa: SIM118 - a method that sorts, not a mapping
         broken += [(step, key, v) for step, v in history.series(key) if not math.isfinite(v)]
@@ -123,18 +123,18 @@ def _fall(
     history: RunHistory, name: str, key: str, threshold: float, severity: Severity
 ) -> list[Finding]:
     """Mean of the first third minus mean of the last third, at least `threshold`."""
-    points = _finite(history, key)
-    ends = _ends(points)
+    points = finite(history, key)
+    ends = thirds(points)
     if ends is None:
         return []
-    drop = _mean(ends[0]) - _mean(ends[1])
+    drop = mean(ends[0]) - mean(ends[1])
     if drop < threshold:
         return []
     lowest = min(points, key=lambda point: point[1])[0]
     return [
         Finding(
             name, key, severity, lowest, drop, threshold,
-            f"{_window(ends[0])}, then {_window(ends[1])}",
+            f"{window(ends[0])}, then {window(ends[1])}",
             Suggestion("optim.lr", "decrease"),
         )
     ]  # fmt: skip
@@ -159,7 +159,7 @@ def _reward_falling(history: RunHistory) -> list[Finding]:
 def _ceiling_below_one(history: RunHistory) -> list[Finding]:
     """Seen in the weights (all below 1) or in the share of capped tokens (nearly all)."""
     hint = Suggestion("cispo.is_weight_max", "increase")
-    weights = _finite(history, "loss/cispo/weight_max")
+    weights = finite(history, "loss/cispo/weight_max")
     if weights and max(value for _, value in weights) < CEILING_BELOW:
         step, value = max(weights, key=lambda point: point[1])
         evidence = f"largest importance weight {value:.3g}: every token is capped"
@@ -170,13 +170,13 @@ def _ceiling_below_one(history: RunHistory) -> list[Finding]:
             )
         ]  # fmt: skip
     key = "loss/cispo/capped_frac"
-    return _level(history, "ceiling_below_one", key, CAPPED_ALL, "critical", hint)
+    return finding_of_level(history, "ceiling_below_one", key, CAPPED_ALL, "critical", hint)
 
 
 def _capped(history: RunHistory) -> list[Finding]:
     if _ceiling_below_one(history):
         return []  # said already
-    return _level(
+    return finding_of_level(
         history, "capped_high", "loss/cispo/capped_frac", CAPPED_HIGH, "warning",
         Suggestion("cispo.is_weight_max", "increase"),
     )  # fmt: skip
@@ -185,7 +185,7 @@ def _capped(history: RunHistory) -> list[Finding]:
 def _entropy(history: RunHistory) -> list[Finding]:
     """Wrong from the start: the sampling temperature; wrong later: the updates did it."""
     key = "policy/entropy"
-    points = _finite(history, key)
+    points = finite(history, key)
     if not points:
         return []
     step, first = points[0]
@@ -196,11 +196,11 @@ def _entropy(history: RunHistory) -> list[Finding]:
     if first > ENTROPY_HIGH:
         hint = Suggestion("rollout.temperature", "decrease")
         return [Finding("entropy_high", key, "warning", step, first, ENTROPY_HIGH, start, hint)]
-    ends = _ends(points)
+    ends = thirds(points)
     if ends is None:
         return []
-    ratio = _mean(ends[1]) / _mean(ends[0]) if _mean(ends[0]) > 0 else 1.0
-    evidence = f"{_window(ends[0])}, then {_window(ends[1])}"
+    ratio = mean(ends[1]) / mean(ends[0]) if mean(ends[0]) > 0 else 1.0
+    evidence = f"{window(ends[0])}, then {window(ends[1])}"
     hint = Suggestion("optim.lr", "decrease")
     last = points[-1][0]
     if ratio < ENTROPY_COLLAPSE:
@@ -217,14 +217,14 @@ def _entropy(history: RunHistory) -> list[Finding]:
 
 
 def _truncated(history: RunHistory) -> list[Finding]:
-    return _level(
+    return finding_of_level(
         history, "truncated_high", "rollout/truncated_frac", TRUNCATED_HIGH, "warning",
         Suggestion("rollout.max_new_tokens", "increase"), first_third=True,
     )  # fmt: skip
 
 
 def _timeouts(history: RunHistory) -> list[Finding]:
-    return _level(
+    return finding_of_level(
         history, "timeouts_high", "rollout/timeout_frac", TIMEOUTS_HIGH, "warning",
         Suggestion("env.cpu_seconds", "increase"), first_third=True,
     )  # fmt: skip
@@ -233,22 +233,22 @@ def _timeouts(history: RunHistory) -> list[Finding]:
 def _valid_low(history: RunHistory) -> list[Finding]:
     """Low from the first rows on, with neither truncation nor time limit to blame."""
     key = "rollout/valid_frac"
-    points = _finite(history, key)
+    points = finite(history, key)
     if not points or _truncated(history) or _timeouts(history):
         return []
     head = points[: _third(points)]
-    if _mean(head) >= VALID_LOW:
+    if mean(head) >= VALID_LOW:
         return []
     return [
         Finding(
-            "valid_low", key, "warning", head[0][0], _mean(head), VALID_LOW, _window(head),
+            "valid_low", key, "warning", head[0][0], mean(head), VALID_LOW, window(head),
             Suggestion("rollout.temperature", "decrease"),
         )
     ]  # fmt: skip
 
 
 def _zero_groups(history: RunHistory) -> list[Finding]:
-    return _level(
+    return finding_of_level(
         history, "zero_groups", "group/zero_std_frac", ZERO_GROUPS, "warning",
         Suggestion("rollout.group_size", "increase"),
     )  # fmt: skip
@@ -260,7 +260,7 @@ def _grad(history: RunHistory) -> list[Finding]:
     high = _peak(history, "grad_high", key, GRAD_HIGH, "warning", hint)
     if high:
         return high
-    points = _finite(history, key)
+    points = finite(history, key)
     if len(points) < 4:
         return []
     typical = median(value for _, value in points)
@@ -273,9 +273,9 @@ def _grad(history: RunHistory) -> list[Finding]:
     ]
 
 
-def _warming_up(history: RunHistory) -> list[Finding]:
+def finding_of_warming_up(history: RunHistory) -> list[Finding]:
     key = "optim/lr"
-    points = _finite(history, key)
+    points = finite(history, key)
     if len(points) < 2 or points[-2][1] <= 0:
         return []
     step, value = points[-1]
@@ -289,12 +289,12 @@ def _warming_up(history: RunHistory) -> list[Finding]:
 
 def _lr_range(history: RunHistory) -> list[Finding]:
     key = "optim/lr"
-    points = _finite(history, key)
+    points = finite(history, key)
     if not points:
         return []
     step, top = max(points, key=lambda point: point[1])
     evidence = f"largest learning rate {top:.3g}, at step {step}"
-    if top <= LR_LOW and not _warming_up(history):
+    if top <= LR_LOW and not finding_of_warming_up(history):
         hint = Suggestion("optim.lr", "increase")
         return [Finding("lr_low", key, "warning", step, top, LR_LOW, evidence, hint)]
     if top >= LR_HIGH:
@@ -304,7 +304,9 @@ def _lr_range(history: RunHistory) -> list[Finding]:
 
 
 def _mismatch(history: RunHistory) -> list[Finding]:
-    return _level(history, "mismatch_high", "mismatch_kl/mean", MISMATCH_HIGH, "warning", None)
+    return finding_of_level(
+        history, "mismatch_high", "mismatch_kl/mean", MISMATCH_HIGH, "warning", None
+    )
 
 
 def _peak(
@@ -312,7 +314,7 @@ def _peak(
     suggestion: Suggestion | None,
 ) -> list[Finding]:  # fmt: skip
     """The largest value of the run, above `threshold`."""
-    points = _finite(history, key)
+    points = finite(history, key)
     if not points:
         return []
     step, value = max(points, key=lambda point: point[1])
@@ -323,7 +325,7 @@ def _peak(
     return [Finding(name, key, severity, step, value, threshold, evidence, suggestion)]
 
 
-def _level(
+def finding_of_level(
     history: RunHistory, name: str, key: str, threshold: float, severity: Severity,
     suggestion: Suggestion | None, *, first_third: bool = False,
 ) -> list[Finding]:  # fmt: skip
@@ -332,18 +334,18 @@ def _level(
     The first third tells a limit that was too tight from the start from a policy that breaks
     later and then runs into the limit.
     """
-    points = _finite(history, key)
+    points = finite(history, key)
     if not points:
         return []
     part = points[: _third(points)] if first_third else points
-    value = _mean(part)
+    value = mean(part)
     if value <= threshold:
         return []
-    return [Finding(name, key, severity, part[0][0], value, threshold, _window(part), suggestion)]
+    return [Finding(name, key, severity, part[0][0], value, threshold, window(part), suggestion)]
 
 
 _RULES: tuple[Callable[[RunHistory], list[Finding]], ...] = (
-    _non_finite,
+    finding_of_non_finite,
     _ceiling_below_one,
     _ratio_blowup,
     _valid_falling,
@@ -353,7 +355,7 @@ _RULES: tuple[Callable[[RunHistory], list[Finding]], ...] = (
     _valid_low,
     _grad,
     _reward_falling,
-    _warming_up,
+    finding_of_warming_up,
     _lr_range,
     _zero_groups,
     _capped,

@@ -6,7 +6,7 @@ The format and its scales are documented in ``docs/digest.md``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agent_tools.wandb_logs.detectors import Finding, detect
@@ -43,6 +43,7 @@ BORDER = 0.02
 # The line also names the extreme that matters: "best" (largest) or "peak" (largest, worst).
 EXTREMES = {
     "reward/mle/mean": "best",
+    "reward": "best",
     "rollout/valid_frac": "best",
     "policy/grad_norm": "peak",
     "loss/cispo/weight_max": "peak",
@@ -57,14 +58,19 @@ class Digest:
     findings: tuple[Finding, ...]
 
 
-def digest(history: RunHistory, *, keys: Sequence[str] = DEFAULT_KEYS) -> Digest:
+def digest(
+    history: RunHistory,
+    *,
+    keys: Sequence[str] = DEFAULT_KEYS,
+    detectors: Callable[[RunHistory], list[Finding]] = detect,
+) -> Digest:
     """Digest a run: at most 8 of `keys` (those it logged), and every detector's mark.
 
     Pure: the same history gives the same text. Raises ValueError for more than 8 keys.
     """
     if len(keys) > MAX_KEYS:
         raise ValueError(f"a digest shows at most {MAX_KEYS} keys, not {len(keys)}: pass fewer")
-    findings = detect(history)
+    findings = detectors(history)
     shown = [key for key in keys if history.series(key)]
     last = int(history.rows[-1]["step"]) if history.rows else 0
     lines = [f"run {history.state} steps {last}"]

@@ -81,6 +81,40 @@ def read_run(run_dir: Path, *, prefer: Literal["auto", "wandb", "sidecar"] = "au
     return RunHistory(rows.rows(), config, state, source or "sidecar", rows.warnings)
 
 
+def read_anything(path: Path) -> tuple[RunHistory, Path]:
+    """Read whatever a person points at, and say which folder or file was read.
+
+    A run directory, a ``.wandb`` file, the folder of one W&B run, or a folder of many (its newest
+    run is read). Raises `UserError` if there is no log.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a run directory or a wandb folder")
+    if path.is_file():
+        return _read_file(path), path
+    own = sorted(path.glob("run-*.wandb"))
+    if own:
+        return _read_file(own[-1]), own[-1]
+    ours = any((path / name).exists() for name in ("status.json", "metrics.jsonl"))
+    if ours:
+        return read_run(path), path
+    found = latest_wandb_file(path) or latest_wandb_file(path.parent, path.name)
+    if found is None:
+        raise UserError(
+            f"{path}: no run log here (metrics.jsonl, or wandb/*run-*/run-*.wandb); give a run "
+            "directory or a wandb folder"
+        )
+    return _read_file(found), found
+
+
+def _read_file(path: Path) -> RunHistory:
+    """A run of which only the ``.wandb`` file is known."""
+    rows = RowCollector()
+    content = read_wandb(path, rows)
+    state = {None: "unknown", 0: "done"}.get(content.exit_code, "failed")
+    return RunHistory(rows.rows(), content.config, state, "wandb", rows.warnings)
+
+
 def _wandb_content(path: Path, rows: RowCollector, has_stand_in: bool) -> WandbFile | None:
     """The file's content; with a stand-in, None (and a warning) where nothing could be read."""
     try:
@@ -96,11 +130,11 @@ def _wandb_content(path: Path, rows: RowCollector, has_stand_in: bool) -> WandbF
     return content
 
 
-def latest_wandb_file(run_dir: Path) -> Path | None:
+def latest_wandb_file(run_dir: Path, folder: str = "wandb") -> Path | None:
     """The ``.wandb`` file of the run's last process; a resumed run has one a process."""
     files = [
         path
-        for path in (run_dir / "wandb").glob("*run-*/run-*.wandb")
+        for path in (run_dir / folder).glob("*run-*/run-*.wandb")
         if not path.parent.is_symlink()  # latest-run
     ]
 
