@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-dev evolve test mutants lint bench-setup verify-digests clean
+.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests verify-storm clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -66,6 +66,10 @@ lint: setup-dev
 test: lint
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not gpu and not real and not slow'
 
+# Tests that need a service, or minutes.
+test-real: setup-dev
+	$(PY) -m pytest -q -m 'real and not gpu'
+
 mutants: setup-dev
 	$(PY) -m tests.mutants
 
@@ -77,6 +81,9 @@ bench-setup:
 
 verify-digests: setup
 	$(PY) -m benchmarks.agent_digests verify --count 5
+
+verify-storm: setup-dev
+	$(PY) -m tests.selfevo.storm --kills 200
 
 clean:
 	rm -rf .venv .venv-script .venv-prepare .venv-bench .data

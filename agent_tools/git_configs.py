@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from agent_tools.errors import UserError
+from agent_tools.git_objects import Change, Commit, HeadState, ObjectCache
 from agent_tools.git_safe import SafeGit, git_error, init_repository
 from agent_tools.git_trailers import trailers_of, with_trailers
 from agent_tools.yaml_edit import YamlEdit, edit_text, edit_yaml, flatten_yaml
@@ -31,45 +31,7 @@ __all__ = [
     "flatten_yaml",
     "init_lab_repo",
 ]
-
-
-@dataclass(frozen=True)
-class HeadState:
-    """Where a checkout stands: `branch` is None if detached, `commit` None before the first."""
-
-    branch: str | None
-    commit: str | None
-
-    @property
-    def detached(self) -> bool:
-        """The checkout is on a commit, not on a branch."""
-        return self.branch is None
-
-
-@dataclass(frozen=True)
-class Change:
-    """One path that differs between two commits.
-
-    status: added, deleted, modified or type (file, link and submodule changed into each other);
-    modes: git's six octal digits (100644 file, 100755 executable, 120000 symbolic link, 160000
-    submodule, 000000 absent). A rename shows as a deletion and an addition.
-    """
-
-    path: str
-    status: Literal["added", "deleted", "modified", "type"]
-    old_mode: str
-    new_mode: str
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit; `trailers` are the ``Key: value`` lines that end its message."""
-
-    sha: str
-    parents: tuple[str, ...]
-    subject: str
-    message: str
-    trailers: dict[str, str]
+SUBMODULE = "160000"
 
 
 def init_lab_repo(path: Path, *, message: str = "Start the lab") -> LabRepo:
@@ -101,6 +63,7 @@ class LabRepo:
     def __init__(self, path: Path) -> None:
         self.path = Path(path).absolute()
         self._dot_git = self.path / ".git"
+        self._objects = ObjectCache()
         if not self._dot_git.is_dir() or self._dot_git.is_symlink():
             raise UserError(
                 f"{self.path} is not the top of a git repository: run `selfevo init`, "
@@ -138,9 +101,12 @@ class LabRepo:
 
     def resolve(self, rev: str) -> str:
         """Full hash of the commit that `rev` names."""
+        if rev in self._objects.commits:
+            return rev
         sha = self._commit_of(rev)
         if sha is None:
             raise UserError(f"{self.path} has no commit {rev!r}: see `git branch` and `git log`")
+        self._objects.commits.add(sha)
         return sha
 
     def branch_exists(self, name: str) -> bool:
@@ -162,17 +128,21 @@ class LabRepo:
             raise git_error(args, result, self.path)
         return result.code == 0
 
-    def dirty_paths(self, paths: Sequence[str] = (), worktree: Path | None = None) -> list[str]:
+    def dirty_paths(
+        self, paths: Sequence[str] = (), worktree: Path | None = None, *, tracked_only: bool = False
+    ) -> list[str]:
         """Paths (under `paths`, or all) that differ from HEAD or are untracked and not ignored."""
         listing = self._git(worktree).run(
-            "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames",
-            "--ignore-submodules=none", "--", *paths,
+            "status", "--porcelain=v1", "-z", "--no-renames", "--ignore-submodules=none",
+            f"--untracked-files={'no' if tracked_only else 'all'}", "--", *paths,
         )  # fmt: skip
         return sorted(entry[3:] for entry in listing.text.split("\0") if entry)
 
-    def is_dirty(self, paths: Sequence[str] = (), worktree: Path | None = None) -> bool:
+    def is_dirty(
+        self, paths: Sequence[str] = (), worktree: Path | None = None, *, tracked_only: bool = False
+    ) -> bool:
         """Whether `dirty_paths` finds any."""
-        return bool(self.dirty_paths(paths, worktree))
+        return bool(self.dirty_paths(paths, worktree, tracked_only=tracked_only))
 
     def changed_paths(self, a: str, b: str) -> list[Change]:
         """What differs from commit `a` to commit `b`, by path; renames are not folded."""
@@ -212,10 +182,14 @@ class LabRepo:
 
     def read_bytes(self, rev: str, path: str) -> bytes:
         """Content of a file at a commit (of a symbolic link: its target)."""
-        result = self._git().run("cat-file", "blob", f"{self.resolve(rev)}:{path}", check=False)
-        if result.code != 0:
+        mode, blob = self._tree(rev).get(path, ("", ""))
+        if mode in ("", SUBMODULE):
             raise UserError(f"{self.path} has no file {path} at {rev}: see `git ls-tree -r {rev}`")
-        return result.stdout
+        content = self._objects.blobs.get(blob)
+        if content is None:
+            content = self._git().run("cat-file", "blob", blob).stdout
+            self._objects.keep_blob(blob, content)
+        return content
 
     def read_file(self, rev: str, path: str) -> str:
         """Text of a file at a commit."""
@@ -226,8 +200,7 @@ class LabRepo:
 
     def list_files(self, rev: str, prefix: str = "") -> list[str]:
         """Paths of all files of a commit that start with `prefix`, sorted."""
-        listing = self._git().run("ls-tree", "-r", "-z", "--name-only", self.resolve(rev))
-        return sorted(p for p in listing.text.split("\0") if p and p.startswith(prefix))
+        return sorted(p for p in self._tree(rev) if p.startswith(prefix))
 
     def log(self, rev: str, *, exclude: str | None = None, limit: int = 1000) -> list[Commit]:
         """Commits reachable from `rev` (not from `exclude`), newest first."""
@@ -253,9 +226,13 @@ class LabRepo:
         If it exists at that commit already this changes nothing; elsewhere it is a `UserError`.
         """
         git = self._git()
+        sha = self.resolve(start)
+        args = ("update-ref", f"refs/heads/{name}", sha, "0" * 40)
+        result = git.run(*args, check=False)
+        if result.code == 0:
+            return sha
         if git.run("check-ref-format", f"refs/heads/{name}", check=False).code != 0:
             raise UserError(f"{name!r} cannot name a branch: use letters, digits, - and /")
-        sha = self.resolve(start)
         if self.branch_exists(name):
             existing = self.resolve(f"refs/heads/{name}")
             if existing != sha:
@@ -264,8 +241,7 @@ class LabRepo:
                     "choose another name, or delete it"
                 )
             return sha
-        git.run("update-ref", f"refs/heads/{name}", sha, "0" * 40)
-        return sha
+        raise git_error(args, result, self.path)
 
     def worktree_add(self, path: Path, branch: str) -> Path:
         """Check the existing `branch` out into a new folder and return its absolute path.
@@ -278,10 +254,10 @@ class LabRepo:
             raise UserError(f"{self.path} has no branch {branch}: create it first")
         git_dir = self._registered(path)
         if git_dir is not None and (path / ".git").is_file():
-            head = self.head(path)
-            if head.branch != branch:
+            checked_out = _branch_of(git_dir)
+            if checked_out != branch:
                 raise UserError(
-                    f"{path} is the worktree of {head.branch or 'a detached head'}, not of "
+                    f"{path} is the worktree of {checked_out or 'a detached head'}, not of "
                     f"{branch}: remove it first"
                 )
             if not (git_dir / "index").is_file():
@@ -306,6 +282,10 @@ class LabRepo:
         self._git(path).run("reset", "--quiet", "--hard")
         return path
 
+    def has_worktree(self, path: Path) -> bool:
+        """Whether the folder is registered as a worktree (it may be missing on disk)."""
+        return self._registered(Path(path).absolute()) is not None
+
     def worktree_remove(self, path: Path) -> None:
         """Remove a worktree with its folder, also with changes in it; a missing one is fine."""
         path = Path(path).absolute()
@@ -318,9 +298,7 @@ class LabRepo:
         """Folder → branch (None if detached) of every worktree but the lab's own checkout."""
         found: dict[Path, str | None] = {}
         for path, git_dir in self._worktree_dirs():
-            head = (git_dir / "HEAD").read_text("utf-8").strip()
-            branch = head.removeprefix("ref: refs/heads/")
-            found[path] = branch if branch != head else None
+            found[path] = _branch_of(git_dir)
         return found
 
     # -- changing --------------------------------------------------------------------------------
@@ -411,7 +389,27 @@ class LabRepo:
         )  # fmt: skip
         return self._require_commit(worktree)
 
+    def reset(self, commit: str, *, worktree: Path) -> None:
+        """Move the branch that is checked out in a worktree to `commit`, with index and files."""
+        if Path(worktree).absolute() == self.path:
+            raise UserError(f"{worktree} is the lab itself, not a worktree: it is not reset")
+        self._git(worktree).run("reset", "--quiet", "--hard", self.resolve(commit))
+
     # -- inside ----------------------------------------------------------------------------------
+
+    def _tree(self, rev: str) -> dict[str, tuple[str, str]]:
+        """Path → (mode, object) of every file of a commit."""
+        sha = self.resolve(rev)
+        tree = self._objects.trees.get(sha)
+        if tree is None:
+            tree = {}
+            for entry in self._git().run("ls-tree", "-r", "-z", sha).text.split("\0"):
+                if entry:
+                    meta, path = entry.split("\t", 1)
+                    mode, _, blob = meta.split(" ")
+                    tree[path] = (mode, blob)
+            self._objects.keep_tree(sha, tree)
+        return tree
 
     def _git(self, worktree: Path | None = None) -> SafeGit:
         if worktree is None or Path(worktree).absolute() == self.path:
@@ -445,10 +443,13 @@ class LabRepo:
         return result.text.strip() if result.code == 0 else None
 
     def _require_commit(self, worktree: Path) -> str:
-        head = self.head(worktree)
-        if head.commit is None:
+        args = ("rev-parse", "--quiet", "--verify", "HEAD^{commit}")
+        result = self._git(worktree).run(*args, check=False)
+        if result.code != 0:
             raise UserError(f"{worktree} has no commit yet: commit the lab's files first")
-        return head.commit
+        sha = result.text.strip()
+        self._objects.commits.add(sha)
+        return sha
 
     def _require_clean(self, worktree: Path) -> None:
         # Untracked files are no obstacle; git itself refuses to overwrite one.
@@ -477,6 +478,13 @@ class LabRepo:
             raise UserError(
                 f"{problem} in {', '.join(files[:5])}: bring the branch up to date and try again"
             )
+
+
+def _branch_of(git_dir: Path) -> str | None:
+    """The branch that a worktree is on, None if its head is detached."""
+    head = (git_dir / "HEAD").read_text("utf-8").strip()
+    branch = head.removeprefix("ref: refs/heads/")
+    return branch if branch != head else None
 
 
 def _exists(path: Path) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ _SETTINGS = {
     "core.gitProxy": "",
     "core.askPass": "false",
     "core.editor": "false",
+    "core.commitGraph": "false",  # a file that may say other parents than the commits
+    "core.multiPackIndex": "false",
+    "core.sparseCheckout": "false",
+    "core.fileMode": "true",
+    "core.symlinks": "true",
+    "core.ignoreCase": "false",
+    "core.filesRefLockTimeout": "3000",  # ms that a branch may be held by another git
+    "core.packedRefsTimeout": "3000",
     "core.pager": "cat",
     "core.quotePath": "false",
     "core.autocrlf": "false",
@@ -85,6 +94,7 @@ _ENVIRONMENT = {
     "GIT_NAMESPACE": "",
     "GIT_NO_REPLACE_OBJECTS": "1",
     "GIT_GRAFT_FILE": "/dev/null",
+    "GIT_SHALLOW_FILE": "",
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_AUTHOR_NAME": AUTHOR_NAME,
     "GIT_AUTHOR_EMAIL": AUTHOR_EMAIL,
@@ -110,6 +120,21 @@ _NAMED = (
     (re.compile(r"submodule\..+\.update"), "none"),
     (re.compile(r"extensions\.partialclone"), ""),
 )
+# Overrides by git directory, with the stamps of the files that they were listed from. A file that
+# changed a moment ago is not trusted to show a further change by its stamp (clocks tick coarsely).
+_Stamp = tuple[int, int, int] | None
+_listed: dict[Path, tuple[tuple[_Stamp, ...], dict[str, str]]] = {}
+_MAX_LISTED = 64
+_SETTLED_NS = 1_000_000_000
+
+
+def _stamp(file: Path) -> _Stamp:
+    """(change time in ns, inode, size); None where there is no file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ctime_ns, found.st_ino, found.st_size
 
 
 @dataclass(frozen=True)
@@ -150,17 +175,33 @@ class SafeGit:
         return self.run(*args).text.rstrip("\n")
 
     def _overrides(self) -> dict[str, str]:
-        """Settings of this repository (included files too) that would start a program."""
+        """Settings of this repository (included files too) that would start a program.
+
+        Listed again whenever a configuration file is another one than at the last listing (its
+        change time cannot be set back), and every time where other files are included.
+        """
+        files = (self.common_dir / "config", self.git_dir / "config.worktree")
+        stamp = tuple(_stamp(file) for file in files)
+        known = _listed.get(self.git_dir)
+        if known is not None and known[0] == stamp:
+            return known[1]
         listing = self._execute(
             ("config", "--includes", "--list", "--name-only", "-z"), _SETTINGS, None
         )
         if listing.code != 0:
             raise git_error(("config", "--list"), listing, self.work_tree)
         overrides = {}
-        for name in listing.text.split("\0"):
+        names = listing.text.split("\0")
+        for name in names:
             for pattern, value in _NAMED:
                 if pattern.fullmatch(name):
                     overrides[name] = value
+        _listed.pop(self.git_dir, None)
+        settled = all(made is None or time.time_ns() - made[0] > _SETTLED_NS for made in stamp)
+        if settled and not any(name.startswith("include") for name in names):
+            if len(_listed) >= _MAX_LISTED:
+                _listed.clear()
+            _listed[self.git_dir] = stamp, overrides
         return overrides
 
     def _execute(
@@ -229,11 +270,27 @@ def execute(
     return GitResult(int(code), stdout or b"", text)
 
 
+#: A full disk, quota or file size limit, in git's words or the system's. Git names the cause in
+#: some places only; a write that fails for want of a permission says so, and is told apart above.
+_FULL = re.compile(
+    r"No space left|Disk quota exceeded|File too large|Input/output error|write error|"
+    r"(unable|failed|could not|cannot|couldn't) (to )?(write|append|flush|fsync|close|create temp)|"
+    r"file write error|write failure|sha1 file .* (write|error)|wrapper.* write|unable to deflate",
+    re.IGNORECASE,
+)
+
+
 def git_error(args: Sequence[str], result: GitResult, where: Path) -> Exception:
     """The exception for a failed command: one line, with the repair where we know it."""
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("hint:")] or ["no message"]
     reason = re.sub(r"^(fatal|error): ", "", lines[0])
+    if "Permission denied" in result.stderr or "Read-only file system" in result.stderr:
+        return UserError(f"git cannot write in {where} ({reason}): make the repository writable")
+    if _FULL.search(result.stderr):
+        return InfraError(f"git cannot write in {where} ({reason}): free some space and run again")
+    if result.code < 0:
+        return InfraError(f"git {args[0]} in {where} was killed ({reason}): run again")
     lock = re.search(r"[Uu]nable to create '([^']+\.lock)'", result.stderr)
     if lock or "cannot lock ref" in result.stderr:
         name = lock.group(1) if lock else "the branch"
@@ -241,8 +298,4 @@ def git_error(args: Sequence[str], result: GitResult, where: Path) -> Exception:
             f"{name} of {where} is locked by another git process: wait for it, or remove the "
             ".lock file if no git is running"
         )
-    if "No space left" in result.stderr:
-        return InfraError(f"no space left for {where}: free some and run again")
-    if "Permission denied" in result.stderr or "Read-only file system" in result.stderr:
-        return UserError(f"git cannot write in {where} ({reason}): make the repository writable")
     return UserError(f"git {args[0]} failed in {where}: {reason}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from agent_tools.config_text import parse_yaml
+from agent_tools.launcher import Launcher, LocalLauncher
 from selfevo.config import TRAIN_CONFIG, BudgetSection, EvalConfig, dump_yaml
-from selfevo.gate import Budget
+from selfevo.gate import FRESH, Budget
 from selfevo.llm import ServeCommand
 from selfevo.store import canonical, sha256
 
@@ -33,6 +35,8 @@ class Commands:
     serve: ServeCommand = field(default_factory=ServeCommand)
     check_machine: bool = True
     """Whether the suite's prepared data is looked for first; another plane may need none."""
+    launcher: Callable[[Path], Launcher] = LocalLauncher
+    """Where jobs run: makes a launcher that keeps its records in the given folder."""
 
     def train_argv(self, config: Path, run_dir: Path) -> tuple[str, ...]:
         return (*self.train, str(config), "--run-dir", str(run_dir), "--resume")
@@ -50,7 +54,7 @@ class Commands:
         out: Path,
     ) -> tuple[str, ...]:
         """`arm` is the folder of `write_arm`; its sandbox settings are those of its training."""
-        sandbox = parse_yaml((arm / "train.yaml").read_text("utf-8"), TRAIN_CONFIG).get("sandbox")
+        sandbox = _parsed((arm / "train.yaml").read_text("utf-8"), TRAIN_CONFIG).get("sandbox")
         sandbox = sandbox if isinstance(sandbox, dict) else {}
         return (
             *self.evaluate,
@@ -137,7 +141,7 @@ def run_config(
     name: str,
 ) -> str:
     """RUN.yaml of a training job: the arm's configuration under what the harness imposes."""
-    data = parse_yaml(train, TRAIN_CONFIG)
+    data = _parsed(train, TRAIN_CONFIG)
     wandb = data.get("wandb") if isinstance(data.get("wandb"), dict) else {}
     imposed: dict[str, Any] = {
         "seed": seed,
@@ -155,13 +159,19 @@ def run_config(
     return dump_yaml({**data, **imposed})
 
 
+@lru_cache(maxsize=16)
+def _parsed(text: str, where: str) -> Mapping[str, Any]:
+    """Configuration text as a mapping that nobody changes; YAML is slow, and texts recur."""
+    return parse_yaml(text, where)
+
+
 def budget_id(budget: BudgetSection) -> str:
     return sha256(canonical(budget.model_dump(mode="json", exclude={"campaign_hours"})))[:8]
 
 
 def allowed_budget(run_yaml: str) -> Budget:
     """What a job's RUN.yaml allows it to spend."""
-    budget = parse_yaml(run_yaml, "RUN.yaml")["budget"]
+    budget = _parsed(run_yaml, "RUN.yaml")["budget"]
     return Budget(
         budget["steps"] * budget["scripts_per_step"],
         budget["tokens_per_script"],
@@ -170,7 +180,12 @@ def allowed_budget(run_yaml: str) -> Budget:
 
 
 def train_seed(campaign_seed: int, index: int) -> int:
-    """Train seed number `index` of a campaign; no two campaigns share one (up to 1,000 each)."""
+    """Train seed number `index` of a campaign; no two campaigns share one (up to 1,000 each).
+
+    Seeds of confirmations (indices from `FRESH`) count down from 2³¹ − 1.
+    """
+    if index >= FRESH:
+        return 2**31 - 1 - (campaign_seed * 1000 + index - FRESH)
     return campaign_seed * 1000 + index
 
 
@@ -184,21 +199,17 @@ def requests_for(
     arms: Sequence[tuple[str, str]],
     indices: Sequence[int],
     *,
-    kind: str,
     parent: str,
     budget: str,
     campaign_seed: int,
-    eval_id: str = "",
 ) -> list[RunRequest]:
-    """The runs of (role, arm) × seed indices, control first; equal keys are asked for once."""
+    """Training runs of (role, arm) × seed indices, control first; equal keys are asked for once."""
     found: dict[str, RunRequest] = {}
     for role, arm in arms:
         for index in indices:
             seed = train_seed(campaign_seed, index)
-            run = f"{arm}/{parent_id(parent)}/{budget}/s{seed}"
-            if kind == "eval":
-                run = f"{run}/{eval_id}"
-            request = RunRequest(f"{kind}/{run}", kind, role, arm, parent, seed, index)
+            run = f"train/{arm}/{parent_id(parent)}/{budget}/s{seed}"
+            request = RunRequest(run, "train", role, arm, parent, seed, index)
             found.setdefault(request.run, request)
     return list(found.values())
 

@@ -20,7 +20,7 @@ from typing import Any
 from agent_tools.config_text import parse_yaml
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo
-from agent_tools.launcher.local import LocalLauncher
+from agent_tools.launcher import Launcher
 from selfevo import arms, guard
 from selfevo.arms import Commands
 from selfevo.config import (
@@ -70,10 +70,12 @@ class Campaign:
     evaluation: EvalConfig
     program: str
     commands: Commands
-    launcher: LocalLauncher
+    launcher: Launcher
     say: Say
     endpoint: Endpoint | None = None
     progress: dict[str, str] = field(default_factory=dict)
+    _values: tuple[str, dict[str, Any]] | None = None
+    _lap: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -106,12 +108,9 @@ class Campaign:
         *,
         actor: Actor = "system",
         cause: int | None = None,
-        sync: bool = True,
     ) -> Event:
         """Append an event of the present round; the view is up to date when this returns."""
-        return self.store.append(
-            kind, data, round_=self.view.round, actor=actor, cause=cause, sync=sync
-        )
+        return self.store.append(kind, data, round_=self.view.round, actor=actor, cause=cause)
 
     def once(
         self, kind: str, key: str, data: Mapping[str, Any], act: Callable[[], Mapping[str, Any]]
@@ -129,6 +128,42 @@ class Campaign:
         self.emit(kind, outcome)
         return outcome
 
+    def lap(self) -> float:
+        """Seconds since the last call, by the clock that nobody can set."""
+        before, self._lap = self._lap, time.monotonic()
+        return round(self._lap - before, 3)
+
+    def incumbent(self) -> Path:
+        """The incumbent's worktree, clean and at the log's head, whatever was done to it in git.
+
+        A branch that was deleted is made again. One that others moved is put back, and their
+        commits stay on a branch of their own.
+        """
+        branch, head = self.incumbent_branch, self.view.incumbent_head
+        if not self.repo.branch_exists(branch):
+            self.repo.create_branch(branch, head)
+        found = self.repo.resolve(f"refs/heads/{branch}")
+        tree = self.worktree(self.incumbent_tree, branch)
+        if found != head and not self._made_by_us(found):
+            kept = f"selfevo/{self.name}/found-{found[:12]}"
+            self.repo.create_branch(kept, found)
+            self.repo.reset(head, worktree=tree)
+            self.emit("branch.restored", {"branch": branch, "found": found, "kept_as": kept})
+        elif self.repo.is_dirty(worktree=tree, tracked_only=True):
+            self.repo.reset(found, worktree=tree)
+        return tree
+
+    def _made_by_us(self, commit: str) -> bool:
+        """Whether it is the commit of an act that was killed before its outcome was logged."""
+        last = self.repo.log(commit, limit=1)[0]
+        return "Selfevo-Round" in last.trailers and self.view.incumbent_head in last.parents[:1]
+
+    def worktree(self, path: Path, branch: str) -> Path:
+        """A worktree of a branch; what is left of one that git has forgotten is removed first."""
+        if not self.repo.has_worktree(path):
+            shutil.rmtree(path, ignore_errors=True)
+        return self.repo.worktree_add(path, branch)
+
     def run_dir(self, folder: str) -> Path:
         return self.folder / folder
 
@@ -144,7 +179,10 @@ class Campaign:
 
     def control_values(self) -> dict[str, Any]:
         """Dotted key → value of the control's configs/train.yaml."""
-        return flatten(parse_yaml(self.control_train(), TRAIN_CONFIG))
+        text = self.control_train()
+        if self._values is None or self._values[0] != text:
+            self._values = text, flatten(parse_yaml(text, TRAIN_CONFIG))
+        return dict(self._values[1])
 
     def control_train(self) -> str:
         return self.repo.read_file(self.view.control_commit, TRAIN_CONFIG)
@@ -273,7 +311,7 @@ def _assemble(
         evaluation=EvalConfig.model_validate(resolved["eval"]),
         program=store.read(view.info["program"]).decode("utf-8"),
         commands=commands,
-        launcher=LocalLauncher(folder / "jobs"),
+        launcher=commands.launcher(folder / "jobs"),
         say=say,
     )
 

@@ -20,6 +20,7 @@ import typer
 from selfevo.cli_pr import pr_app
 
 if TYPE_CHECKING:
+    from selfevo.control import Told
     from selfevo.views import CampaignView
 
 app = typer.Typer(
@@ -107,6 +108,47 @@ def status(
 
 
 @app.command()
+def watch(
+    lab: LabArgument = HERE,
+    campaign: CampaignOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one event a line")] = False,
+) -> None:
+    """Follow a campaign until it ends, pauses or waits for a person."""
+    from selfevo import watch as watcher
+
+    root, folder = locate(lab, campaign)
+    reader = watcher.JsonLines(show) if as_json else watcher.Lines(show, folder)
+    try:
+        code, view = watcher.follow(root, folder, reader)
+    except KeyboardInterrupt:
+        say("no longer watching; the campaign goes on")
+        raise typer.Exit(130) from None
+    if code not in (0, 3):
+        say(watcher.last_line(view, code))
+    raise typer.Exit(code)
+
+
+@app.command()
+def pause(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """Let the running job end, then leave; `selfevo resume` goes on."""
+    from selfevo import control
+
+    told(control.pause(lab, campaign), as_json)
+
+
+@app.command()
+def stop(
+    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
+) -> None:
+    """End a campaign's process and jobs now, their state saved; `selfevo resume` goes on."""
+    from selfevo import control
+
+    told(control.stop(lab, campaign), as_json)
+
+
+@app.command()
 def medals(
     lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
 ) -> None:
@@ -169,6 +211,62 @@ def report(
         print(paths[1])
 
 
+@app.command()
+def attach(
+    path: Annotated[Path, typer.Argument(help="run directory, wandb folder, or .wandb file")],
+    as_json: JsonOption = False,
+) -> None:
+    """Digest, findings and one suggested change for a run of your own; reads only."""
+    from selfevo import attach as reader
+
+    found = reader.attach(path)
+    if as_json:
+        out(reader.record(found))
+    else:
+        print("\n".join(reader.lines(found)))
+
+
+@app.command()
+def doctor(
+    lab: Annotated[Path | None, typer.Argument(help="lab folder (default: the template)")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="this check alone; may be repeated")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try every part of a real run on this machine; each failure names its repair."""
+    from selfevo import doctor as clinic
+
+    results = []
+    for result in clinic.examine(lab, only=only or ()):
+        results.append(result)
+        if not as_json:
+            print("\n".join(clinic.lines(result)), flush=True)
+    if as_json:
+        out(clinic.record(results))
+    else:
+        print(clinic.verdict(results))
+    raise typer.Exit(1 if any(result.status == "failed" for result in results) else 0)
+
+
+@app.command()
+def plan(
+    lab: Annotated[Path | None, typer.Argument(help="lab folder (default: the template)")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="proposals")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="train seeds an arm")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Jobs, hours, and what the gate could see, before anything is spent; 1 if hopeless."""
+    from selfevo import plan as planner
+
+    found = planner.of_lab(lab, rounds, seeds)
+    if as_json:
+        out(planner.record(found))
+    else:
+        print("\n".join(planner.lines(found)))
+    raise typer.Exit(1 if found.problems else 0)
+
+
 # ------------------------------------------------------------------ shared by the commands
 
 
@@ -182,6 +280,19 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def show(line: str) -> None:
+    """One line on stdout, at once."""
+    print(line, flush=True)
+
+
+def told(result: Told, as_json: bool) -> None:
+    """What `pause` or `stop` did."""
+    if as_json:
+        out({**vars(result), "jobs": list(result.jobs)})
+    else:
+        print(result.message)
+
+
 def choose(option: str, value: str | None, known: tuple[str, ...]) -> None:
     from agent_tools.errors import UserError
 
@@ -193,14 +304,20 @@ def load(lab: Path, campaign: str | None) -> tuple[CampaignView, Path]:
     """(view, folder) of a campaign, read only."""
     from agent_tools.errors import UserError
     from selfevo.campaign import read_view
-    from selfevo.lab import campaign_folder, find_campaign
 
-    root, name = find_campaign(lab, campaign)
-    folder = campaign_folder(root, name)
+    _, folder = locate(lab, campaign)
     view = read_view(folder)
     if not view.info:
         raise UserError(f"{folder}: nothing has been logged yet; try again in a moment")
     return view, folder
+
+
+def locate(lab: Path, campaign: str | None) -> tuple[Path, Path]:
+    """(lab, folder) of a campaign."""
+    from selfevo.lab import campaign_folder, find_campaign
+
+    root, name = find_campaign(lab, campaign)
+    return root, campaign_folder(root, name)
 
 
 def status_record(view: CampaignView) -> dict[str, Any]:

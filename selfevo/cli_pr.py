@@ -1,4 +1,4 @@
-"""`selfevo pr`: list, view, diff, review and merge the agent's proposals."""
+"""`selfevo pr`: what the agent proposes, and what people do with it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from selfevo.campaign import Campaign
     from selfevo.views import CampaignView, PrView
 
 pr_app = typer.Typer(
@@ -17,7 +20,7 @@ pr_app = typer.Typer(
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Proposals: list, view, diff, review, merge. A bare `selfevo pr` lists.",
+    help="Proposals: list, read, answer, edit, merge them. A bare `selfevo pr` lists.",
 )
 
 Number = Annotated[int, typer.Argument(help="number of the PR")]
@@ -26,6 +29,10 @@ CampaignOption = Annotated[
     str | None, typer.Option("--campaign", "-c", help="name of the campaign (default: the newest)")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine output on stdout")]
+BodyOption = Annotated[str, typer.Option("--body", "-b", help="text, also for the agent")]
+BodyFileOption = Annotated[
+    Path | None, typer.Option("--body-file", "-F", help="file with that text")
+]
 HERE = Path()
 
 
@@ -112,10 +119,8 @@ def review(
     request_changes: Annotated[
         bool, typer.Option("--request-changes", help="another commit on this PR; needs -b")
     ] = False,
-    body: Annotated[str, typer.Option("--body", "-b", help="text for the agent")] = "",
-    body_file: Annotated[
-        Path | None, typer.Option("--body-file", "-F", help="file with that text")
-    ] = None,
+    body: BodyOption = "",
+    body_file: BodyFileOption = None,
     campaign: CampaignOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -127,11 +132,7 @@ def review(
     chosen = [name for name, given in flags.items() if given]
     if len(chosen) != 1:
         raise UserError("give exactly one of --approve, --reject, --request-changes")
-    if body_file is not None:
-        try:
-            body = body_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{body_file}: cannot be read as text; check the path") from error
+    body = _body(body, body_file)
     root, opened = _open(lab, campaign)
     with opened as c:
         proposals.answer(c, number, chosen[0], body)
@@ -143,6 +144,75 @@ def review(
             f"PR {number}: {answered['state'].replace('_', ' ')}; go on with "
             f"`selfevo resume {shlex.quote(str(root))}`"
         )
+
+
+@pr_app.command()
+def checks(
+    number: Number,
+    lab: LabArgument = HERE,
+    campaign: CampaignOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Guard, review, gate and confirmation: exit code 0 only when all have passed."""
+    from selfevo import pr_acts, proposals
+    from selfevo.text import table
+
+    state, _ = _load(lab, campaign)
+    pr = proposals.pr_of(state, number)
+    rows = pr_acts.checks(state, pr)
+    code = pr_acts.exit_code(state, pr, rows)
+    if as_json:
+        _out({"number": number, "state": pr.state, "passed": code == 0, "checks": rows})
+    else:
+        print("\n".join(table([[row["state"], row["name"], row["detail"]] for row in rows])))
+    raise typer.Exit(code)
+
+
+@pr_app.command()
+def comment(
+    number: Number,
+    lab: LabArgument = HERE,
+    body: BodyOption = "",
+    body_file: BodyFileOption = None,
+    campaign: CampaignOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say something about a PR; it decides nothing and reaches the agent's next prompt."""
+    from selfevo import pr_acts
+
+    text = _body(body, body_file)
+    _act(lab, campaign, number, as_json, lambda c: pr_acts.comment(c, number, text))
+
+
+@pr_app.command()
+def edit(
+    number: Number,
+    lab: LabArgument = HERE,
+    value: Annotated[str | None, typer.Option(help="another value for the PR's key")] = None,
+    title: Annotated[str | None, typer.Option(help="another title")] = None,
+    campaign: CampaignOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change the value or title of the PR that waits, inside the search space."""
+    from selfevo import pr_acts
+
+    _act(lab, campaign, number, as_json, lambda c: pr_acts.edit(c, number, value, title))
+
+
+@pr_app.command()
+def close(
+    number: Number,
+    lab: LabArgument = HERE,
+    body: BodyOption = "",
+    body_file: BodyFileOption = None,
+    campaign: CampaignOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Close a PR that waits, or that the gate left open; needs -b."""
+    from selfevo import pr_acts
+
+    text = _body(body, body_file)
+    _act(lab, campaign, number, as_json, lambda c: pr_acts.close(c, number, text))
 
 
 @pr_app.command()
@@ -180,7 +250,7 @@ def record(view: CampaignView, pr: PrView) -> dict[str, Any]:
         "gate": pr.gate,
         "verdict": view.rounds[pr.round].verdict,
         "reviews": [
-            {"answer": r["answer"], "body": r["body"], "commit": r["commit"]} for r in pr.reviews
+            {"answer": r["answer"], "body": r["body"], "commit": r["commit"]} for r in pr.said
         ],
         "merge_commit": pr.merge_commit,
         "merged_into": pr.merged_into,
@@ -205,6 +275,41 @@ def _stat(folder: Path, pr: PrView) -> str:
         line for line in text.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]
     return "\n".join(f"    {line}" for line in lines[:40])
+
+
+def _body(text: str, file: Path | None) -> str:
+    """The text of -b, or of the file of -F."""
+    from agent_tools.errors import UserError
+
+    if file is None:
+        return text
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text; check the path") from error
+
+
+def _act(
+    lab: Path, campaign: str | None, number: int, as_json: bool, act: Callable[[Campaign], None]
+) -> None:
+    """Do a person's act on a PR under the lab's lock, and show the PR as it is then."""
+    from selfevo import proposals
+
+    root, opened = _open(lab, campaign)
+    with opened as c:
+        act(c)
+        pr = proposals.pr_of(c.view, number)
+        waiting = c.view.pending_review()
+        done = record(c.view, pr)
+    if as_json:
+        _out(done)
+        return
+    print(f"PR {number}: {pr.title} ({pr.state.replace('_', ' ')})")
+    word = shlex.quote(str(root))
+    if waiting is not None:
+        print(f"it waits: `selfevo pr review {waiting.number} {word}`")
+    elif pr.state == "rejected" and pr.round == c.view.round and not c.view.now.ended:
+        print(f"go on with `selfevo resume {word}`")
 
 
 def _open(lab: Path, campaign: str | None) -> tuple[Path, Any]:

@@ -82,6 +82,19 @@ class GateSection(Strict):
     parent: Literal["base", "incumbent"] = "base"
     max_budget_ratio: float = Field(default=1.1, ge=1)
     max_infra_share: float = Field(default=0.1, ge=0, lt=1)
+    confirm_seeds: int = Field(default=0, ge=0)
+    """Fresh train seeds an arm that measure a kept change again; 0 = kept changes stay as they are.
+
+    A change that is not better on them at `confirm_alpha` is taken back by a revert commit.
+    """
+    confirm_alpha: float = Field(default=0.1, gt=0, lt=0.5)
+
+    @field_validator("confirm_seeds")
+    @classmethod
+    def _has_a_variance(cls, seeds: int) -> int:
+        if seeds == 1:
+            raise ValueError("must be 0 (off) or at least 2; one seed has no variance")
+        return seeds
 
 
 class LauncherSection(Strict):
@@ -203,7 +216,12 @@ def edit_fault(spec: KeySpec, before: Any, after: Any) -> str | None:
     if spec.type == "choice":
         if after not in spec.values:
             return f"must be one of {', '.join(f'{v:g}' for v in spec.values)}, got {after:g}"
-        return None
+        if before not in spec.values or isinstance(before, bool):
+            return None
+        if type(after) is not type(before):
+            return f"needs a value written like {before!r}, got {after!r}"
+        places = abs(spec.values.index(after) - spec.values.index(before))
+        return f"moves by {places} places, the largest step is one" if places > 1 else None
     assert spec.min is not None and spec.max is not None
     if not spec.min <= after <= spec.max:
         return f"must lie in [{spec.min:g}, {spec.max:g}], got {after:g}"

@@ -17,6 +17,8 @@ KINDS = frozenset(
         "campaign.start",
         "session.start",
         "session.end",
+        "campaign.pause",
+        "campaign.stop",
         "campaign.end",
         "round.start",
         "round.end",
@@ -35,7 +37,13 @@ KINDS = frozenset(
         "pr.open",
         "pr.merge.intent",
         "pr.merge",
+        "confirm.start",
+        "confirm",
+        "pr.revert.intent",
+        "pr.revert",
         "pr.close",
+        "pr.comment",
+        "pr.edit",
         "pr.merge_into.intent",
         "pr.merge_into",
         "review.request",
@@ -46,8 +54,28 @@ KINDS = frozenset(
         "eval.scores",
         "integrity",
         "gate",
+        "branch.restored",
         "memory.intent",
         "memory",
+    }
+)
+
+
+#: Events that need no fsync of their own: what they say is computed from events and files that
+#: stand, so one that is lost with the machine (never without the later ones) is made again.
+DERIVED = frozenset(
+    {
+        "phase",
+        "round.start",
+        "round.end",
+        "digest",
+        "agent.request",
+        "tool.call",
+        "tool.result",
+        "agent.strike",
+        "proposal",
+        "guard",
+        "integrity",
     }
 )
 
@@ -84,7 +112,11 @@ class Event:
 
 def parse_line(line: str) -> Event:
     """The event in one JSON line; ValueError or KeyError if it is not one."""
-    record = json.loads(line)
+    return to_event(json.loads(line))
+
+
+def to_event(record: Any) -> Event:
+    """The event in a parsed line; ValueError, KeyError or TypeError if it is not one."""
     if not isinstance(record, dict) or record.get("v") != VERSION:
         raise ValueError("not an event of version 1")
     return Event(

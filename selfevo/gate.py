@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["accept", "reject", "indecisive"]
+Confirmed = Literal["confirmed", "failed", "unconfirmed"]
+#: Seed indices from here on belong to confirmations, and are used by nothing else.
+FRESH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -204,3 +207,31 @@ def decide(
         budget_ratio=budget_ratio,
         infra_share=infra_share,
     )
+
+
+def confirm(
+    control: Sequence[SeedScore],
+    candidate: Sequence[SeedScore],
+    others: Sequence[Sequence[SeedScore]] = (),
+    *,
+    alpha: float,
+    max_infra_share: float = 0.1,
+) -> tuple[Confirmed, GateResult]:
+    """Test a kept change again on seeds that had no part in keeping it.
+
+    The gate's own test at level `alpha`, alone: `confirmed` if the candidate is better, `failed`
+    if the test could tell and did not find that, `unconfirmed` where it could not tell (too many
+    scripts lost to the machine, no arm with two seeds). A change without effect is confirmed with
+    probability `alpha` at most.
+    """
+    result = decide(
+        control, candidate, others, alpha=alpha, rounds=1, max_infra_share=max_infra_share
+    )
+    if result.verdict == "accept":
+        return "confirmed", result
+    if result.infra_share > max_infra_share or result.df == 0:
+        return "unconfirmed", result
+    if result.verdict == "reject":
+        return "failed", result
+    p = "" if result.p_better is None else f": p {result.p_better:.2g} ≥ {alpha:.3g}"
+    return "failed", replace(result, reason=f"not better on fresh seeds{p}")

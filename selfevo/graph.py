@@ -26,6 +26,7 @@ from agent_tools.errors import InfraError
 from selfevo import jobs
 from selfevo.campaign import Campaign
 from selfevo.nodes import (
+    confirm,
     diagnose,
     drop,
     evaluate,
@@ -57,6 +58,7 @@ NODES: dict[str, Node] = {
     "evaluate": evaluate.run,
     "gate": gate.run,
     "keep": keep.run,
+    "confirm": confirm.run,
     "drop": drop.run,
     "reflect": reflect.run,
     "stop": stop.run,
@@ -74,12 +76,15 @@ EDGES: dict[str, tuple[str, ...]] = {
     "wait": ("evaluate",),
     "evaluate": ("gate", "stop"),
     "gate": ("keep", "drop"),
-    "keep": ("reflect",),
+    "keep": ("confirm", "reflect"),
+    "confirm": ("reflect",),
     "drop": ("reflect",),
     "reflect": ("stop",),
     "stop": ("observe", "end"),
 }
 KEPT_CHECKPOINTS = 4
+PROBE_WAIT_S = 2  # for a lock on the checkpoint database when a session starts
+LOCK_WAIT_S = 30  # and later, while it runs
 STEPS_A_ROUND = 40  # bound of node visits a round, strikes and revisions included
 
 
@@ -124,7 +129,7 @@ def _step(
                 raise InfraError("resumed without an answer to the review; run `selfevo resume`")
         if following not in EDGES[name]:
             raise AssertionError(f"{name} may not be followed by {following}")
-        c.emit("phase", {"from": name, "to": following})
+        c.emit("phase", {"from": name, "to": following, "seconds": c.lap()})
         return snapshot(c)
 
     return step
@@ -166,6 +171,7 @@ def run(c: Campaign, command: str, startup_s: float = 0.0) -> str:
                 "startup_s": round(startup_s, 3),
             },
         )
+        c.lap()
         jobs.resubmit(c)
         config: RunnableConfig = {
             "configurable": {"thread_id": thread},
@@ -179,7 +185,7 @@ def run(c: Campaign, command: str, startup_s: float = 0.0) -> str:
             reason = "interrupted"
             raise
         finally:
-            c.emit("session.end", {"reason": reason})
+            c.emit("session.end", {"reason": reason, "seconds": c.lap()})
     return reason
 
 
@@ -205,21 +211,35 @@ def _entry(c: Campaign, graph: Any) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _saver(path: Path) -> Iterator[SqliteSaver]:
-    """The checkpoint database; one that SQLite cannot read is set aside, as it is only a cache."""
-    try:
-        with sqlite3.connect(path) as probe:
-            probe.execute("pragma schema_version").fetchone()
-        probe.close()
-    except sqlite3.DatabaseError:
-        if path.exists():
-            path.replace(path.with_suffix(".damaged"))
+    """The checkpoint database. It is only a cache: one that is damaged or locked is set aside."""
+    if not _usable(path):
+        for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+            if name.exists():
+                name.replace(name.with_name(name.name.replace(".sqlite", ".damaged")))
     try:
         with SqliteSaver.from_conn_string(str(path)) as saver:
+            saver.setup()
+            saver.conn.execute("pragma synchronous = normal")  # a cache: no fsync a step
+            saver.conn.execute(f"pragma busy_timeout = {LOCK_WAIT_S * 1000}")
             yield saver
     except sqlite3.OperationalError as error:
-        raise InfraError(
-            f"cannot write {path}: {error}; free some space, then `selfevo resume`"
-        ) from error
+        hint = "close what holds it" if "locked" in str(error) else "free some space"
+        raise InfraError(f"cannot write {path}: {error}; {hint}, then `selfevo resume`") from error
+
+
+def _usable(path: Path) -> bool:
+    """Whether SQLite can read and lock the database, or there is none."""
+    try:
+        probe = sqlite3.connect(path, timeout=PROBE_WAIT_S)
+        try:
+            probe.execute("pragma schema_version").fetchone()
+            probe.execute("begin immediate")
+            probe.rollback()
+        finally:
+            probe.close()
+    except sqlite3.DatabaseError as error:
+        return "disk is full" in str(error)  # nothing wrong with the file
+    return True
 
 
 def _trim(saver: SqliteSaver) -> str:

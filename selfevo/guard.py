@@ -11,12 +11,15 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
     DocumentStartEvent,
     MappingStartEvent,
     ScalarEvent,
@@ -29,15 +32,21 @@ from selfevo.config import (
     TRAIN_CONFIG,
     SearchSpace,
     edit_fault,
-    flatten,
     nearest,
 )
 from selfevo.store import sha256
 
 MAX_FILE = 64_000  # bytes
 MAX_TOTAL = 200_000
+MAX_FILES = 20
+MAX_DEPTH = 16  # of nested YAML collections
+MAX_INT = 2**53  # beyond, a float key would not hold the number that is shown
 REGULAR = "100644"
 ABSENT = "000000"
+
+#: Unicode categories that a reader does not see as they are: control and format characters, line
+#: and paragraph separators, surrogates, private use.
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs", "Co")
 
 #: Paths that a PR may touch, as whole-path patterns.
 ALLOWED = (
@@ -60,6 +69,21 @@ class FileChange:
     old_mode: str
     new_mode: str
     content: bytes | None
+
+
+def history_faults(commits: Sequence[Sequence[FileChange]], merges: int) -> list[str]:
+    """What is wrong with a PR's single commits, each given as its changes.
+
+    A merge would carry them all into the incumbent's history, so a protected file that is edited
+    and restored is refused although nothing of it is left in the end.
+    """
+    reasons = ["holds a merge commit; rebase it onto the incumbent"] if merges else []
+    for changes in commits:
+        for change in changes:
+            fault = path_fault(change.path) or _kind_fault(change)
+            if fault:
+                reasons.append(f"one of its commits: {fault}")
+    return reasons[:8]
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,8 @@ def check(
     edits: tuple[KeyEdit, ...] = ()
     if not changes:
         reasons.append("the proposal changes nothing")
+    if len(changes) > MAX_FILES:
+        reasons.append(f"{len(changes)} files, at most {MAX_FILES} are allowed")
     if sum(len(c.content or b"") for c in changes) > MAX_TOTAL:
         reasons.append(f"the files together are over {MAX_TOTAL} bytes")
     for change in changes:
@@ -150,20 +176,22 @@ def _content_fault(change: FileChange) -> str | None:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         return f"{change.path}: not UTF-8"
-    if text.startswith("\ufeff") or any(
-        unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" for c in text
-    ):
+    if any(unicodedata.category(c) in UNSEEN and c not in "\n\t" for c in text):
         return f"{change.path}: holds control characters"
     if change.path.endswith(".yaml"):
         return yaml_fault(text, change.path)
     return None
 
 
+@lru_cache(maxsize=16)
 def yaml_fault(text: str, where: str) -> str | None:
     """YAML features that make a file mean something else than it shows; None if it has none."""
-    documents = 0
+    documents = depth = 0
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                return f"{where}: nested deeper than {MAX_DEPTH} levels"
             if isinstance(event, DocumentStartEvent):
                 documents += 1
                 if documents > 1 or event.tags or event.version:
@@ -182,6 +210,9 @@ def yaml_fault(text: str, where: str) -> str | None:
         return f"{where}: not valid YAML: {' '.join(str(error).split())[:120]}"
     except ConfigError as error:
         return str(error)
+    except (ValueError, OverflowError, AttributeError, RecursionError) as error:
+        # what the parser's own checks miss, such as a number of 5,000 digits
+        return f"{where}: not valid YAML: {' '.join(str(error).split())[:120]}"
     return None
 
 
@@ -190,13 +221,15 @@ def check_keys(before: str, after: str, space: SearchSpace) -> tuple[list[KeyEdi
     fault = yaml_fault(after, TRAIN_CONFIG)
     if fault:
         return [], [fault]
-    old = flatten(parse_yaml(before, f"control {TRAIN_CONFIG}"))
-    new = flatten(parse_yaml(after, TRAIN_CONFIG))
+    try:
+        old, new = _values(before, f"control {TRAIN_CONFIG}"), _values(after, TRAIN_CONFIG)
+    except ConfigError as error:
+        return [], [str(error)]
     edits: list[KeyEdit] = []
     reasons: list[str] = []
     for key in sorted(old.keys() | new.keys(), key=str):
         a, b = old.get(key), new.get(key)
-        if key in old and key in new and a == b and type(a) is type(b):
+        if key in old and key in new and _same(a, b):
             continue
         edits.append(KeyEdit(key, a, b))
         if key not in space.keys:
@@ -209,6 +242,8 @@ def check_keys(before: str, after: str, space: SearchSpace) -> tuple[list[KeyEdi
                 f"key {key}: {'removed' if key in old else 'added'}; only edits of "
                 "values are allowed"
             )
+        elif isinstance(b, int) and abs(b) > MAX_INT:
+            reasons.append(f"key {key}: a number beyond {MAX_INT}")
         else:
             problem = edit_fault(space.keys[key], a, b)
             if problem:
@@ -218,6 +253,33 @@ def check_keys(before: str, after: str, space: SearchSpace) -> tuple[list[KeyEdi
     if not edits:
         reasons.append(f"{TRAIN_CONFIG}: no value changes")
     return edits, reasons
+
+
+@lru_cache(maxsize=16)
+def _values(text: str, where: str) -> Mapping[str, Any]:
+    """Dotted key → value; parsed once a text, as YAML is slow and a round asks several times.
+
+    Every key is a plain word, and an empty mapping is a value, so that two texts with equal values
+    are equal: a key `"optim.lr"` beside `optim: {lr: …}` would hide one of the two.
+    """
+    return _flat(parse_yaml(text, where), "", where)
+
+
+def _flat(data: Mapping[Any, Any], prefix: str, where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise ConfigError(f"{where}: key {key!r} is not a plain word; only words name a value")
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.", where)
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal in value and type, through lists and mappings: 1, 1.0 and true are three values."""
+    return type(a) is type(b) and repr(a) == repr(b)
 
 
 # ------------------------------------------------------------------ protected files

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from agent_tools.errors import InfraError, UserError
-from agent_tools.launcher.local import Job, JobSpec, JobStatus
+from agent_tools.launcher import Job, JobSpec, JobStatus
 from agent_tools.wandb_logs import read_run
 from selfevo import arms, campaign
 from selfevo.arms import RunRequest
 from selfevo.campaign import Campaign
+from selfevo.gate import FRESH
 from selfevo.views import JobView
 
 CURVE_KEYS = (
@@ -26,6 +29,7 @@ CURVE_KEYS = (
     "optim/lr",
 )
 CURVE_POINTS = 120
+MIN_FREE = 16_000_000  # bytes; a job that fails with less than this is not to blame
 
 
 def pump(c: Campaign, requests: Sequence[RunRequest]) -> bool:
@@ -60,11 +64,15 @@ def run_all(c: Campaign, requests: Sequence[RunRequest]) -> None:
 def resubmit(c: Campaign) -> None:
     """After a restart: make sure that every job without an outcome in the log really is there.
 
-    `submit` with the same key finds a living job, and starts a lost one again in its folder.
+    `submit` with the same key finds a living job, and starts a lost one again in its folder; one
+    that the machine failed while nobody looked (a full disk) is started again as well.
     """
     for job in list(c.view.jobs.values()):
         if job.state == "submitted":
-            _start(c, c.view.outcomes[job.key])
+            data = c.view.outcomes[job.key]
+            status = c.launcher.status(Job(str(data["launcher_id"]), c.run_dir(job.folder)))
+            stopped = status.state == "cancelled"  # by `selfevo stop`: it goes on where it was
+            _start(c, data, restart=stopped or status.exit_code == arms.INFRA)
 
 
 def _ended(c: Campaign, request: RunRequest) -> bool:
@@ -74,16 +82,16 @@ def _ended(c: Campaign, request: RunRequest) -> bool:
     if job.state in ("done", "diverged"):
         return True
     # a failure is tried again in this session (machine faults), or by a person's `resume`
-    tries = sum(
-        1 for j in c.view.jobs.values() if j.run == request.run and j.session == c.view.sessions
-    )
+    runs = c.view.jobs_of_run[request.run]
+    tries = sum(1 for j in runs if j.session == c.view.sessions)
     machine = arms.worth_retrying(job.exit_code, job.reason.split(":")[0])
     return tries >= (arms.MAX_TRIES if machine else 1)
 
 
 def _submit(c: Campaign, request: RunRequest) -> None:
-    tries = sum(1 for job in c.view.jobs.values() if job.run == request.run)
-    base = f"r{c.view.round}-{request.role}-s{request.index}"
+    tries = len(c.view.jobs_of_run.get(request.run, ()))
+    test = "confirm-" if request.index >= FRESH else ""
+    base = f"r{c.view.round}-{test}{request.role}-s{request.index % FRESH}"
     taken = {job.id for job in c.view.jobs.values() if job.kind == request.kind}
     name, n = base, 2
     while name in taken:
@@ -108,7 +116,7 @@ def _submit(c: Campaign, request: RunRequest) -> None:
     c.once("job.submit", key, data, lambda: _start(c, {**data, "key": key}))
 
 
-def _start(c: Campaign, data: dict[str, Any]) -> dict[str, Any]:
+def _start(c: Campaign, data: dict[str, Any], *, restart: bool = False) -> dict[str, Any]:
     run_dir = c.run_dir(data["folder"])
     env = {"PYTHONUNBUFFERED": "1"}
     if c.config.launcher.threads:
@@ -120,7 +128,7 @@ def _start(c: Campaign, data: dict[str, Any]) -> dict[str, Any]:
         run_dir=run_dir,
         wall_limit_s=c.config.budget.job_wall_s,
     )
-    job = c.launcher.submit(spec, data["key"])
+    job = c.launcher.submit(spec, data["key"], restart=restart)
     return {"launcher_id": job.id}
 
 
@@ -159,11 +167,8 @@ def _scaffold(c: Campaign, arm: str) -> Any:
 
 def trained(c: Campaign, arm: str, parent: str, index: int) -> JobView | None:
     """The last training job of (arm, parent, seed index)."""
-    found = [
-        job
-        for job in c.view.jobs.values()
-        if (job.kind, job.arm, job.parent, job.index) == ("train", arm, parent, index)
-    ]
+    jobs = c.view.jobs_of_arm.get((arm, "train"), ())
+    found = [job for job in jobs if (job.parent, job.index) == (parent, index)]
     return found[-1] if found else None
 
 
@@ -193,6 +198,11 @@ def _settle(c: Campaign, job: JobView) -> bool:
             c.progress[f"lost/{job.key}"] = restarts + "x"
             _start(c, c.view.outcomes[job.key])
             return False
+    if status.exit_code == arms.INFRA and shutil.disk_usage(c.folder).free < MIN_FREE:
+        raise InfraError(
+            f"no space left for {job.id} in {c.folder}; free some, then "
+            f"`selfevo resume {shlex.quote(str(c.lab))}`"
+        )
     state, reason = arms.outcome(job.kind, run_dir, status.state, status.exit_code, _reason(status))
     detail = ""
     if state == "failed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from agent_tools.config_text import parse_yaml
-from agent_tools.errors import UserError
+from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo, edit_yaml, init_lab_repo
 from selfevo.config import (
     PROTECTED,
@@ -207,6 +208,8 @@ def locked(lab: Path, what: str) -> Iterator[None]:
             f"{lab} is in use by {owner}; wait for it, or stop it, then try again"
         ) from error
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InfraError(f"no space left in {runs}: free some and try again") from error
         raise UserError(f"cannot write in {runs}: {error.strerror}; make it writable") from error
     try:
         record = {

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from selfevo import text
+from selfevo import control, text
 from selfevo.arms import Commands
 from selfevo.campaign import Campaign, RunOptions, Say, create, open_campaign
 from selfevo.events import Event
 from selfevo.lab import check_lab, find_campaign, locked
 from selfevo.llm import Endpoint
 
-EXIT_CODES = {"done": 0, "budget": 3, "review": 4}
+EXIT_CODES = {"done": 0, "budget": 3, "review": 4, "paused": 4}
 
 
 def start(
@@ -50,13 +50,19 @@ def _drive(c: Campaign, command: str) -> int:
             for event in c.store.events:
                 tell(event)
         c.store.listeners.append(tell)
+        control.withdraw(c.folder)
+        c.store.listeners.append(control.halting(c))
         with contextlib.ExitStack() as stack:
             began = time.monotonic()
             waiting = c.view.pending_review() is not None and c.view.sessions > 0
             if c.config.agent.kind == "model" and c.view.state != "done" and not waiting:
                 endpoint = Endpoint(c.config.agent, c.folder, c.commands.serve)
                 c.endpoint = stack.enter_context(endpoint)
-            reason = graph.run(c, command, startup_s=time.monotonic() - began)
+            try:
+                reason = graph.run(c, command, startup_s=time.monotonic() - began)
+            except control.HaltedError:
+                c.emit("campaign.pause", actor="human")
+                reason = "paused"
         report.write(c.folder)
         return EXIT_CODES[reason]
     finally:

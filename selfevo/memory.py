@@ -6,9 +6,12 @@ import unicodedata
 from typing import Any
 
 from selfevo.agent_prompts import memory_line
+from selfevo.config import NOTES
 from selfevo.views import CampaignView, PrView, RoundView
 
 PROMPT_LINES = 6
+NOTES_LIMIT = 32_000  # characters; then the older entries move to a file of their own
+NOTES_KEPT = 8_000
 REVIEW_LINES = 3
 REVIEW_CHARS = 200
 
@@ -36,7 +39,8 @@ def round_line(view: CampaignView, current: RoundView) -> str:
     pr = view.prs.get(current.pr) if current.pr is not None else None
     if pr is None:
         return f"r{current.number} no proposal" if current.verdict else ""
-    diff = current.gate["difference"] if current.gate else None
+    shown = current.confirmation or current.gate
+    diff = shown["difference"] if shown else None
     verdict = current.verdict
     return memory_line(current.number, pr.proposal["key"], pr.proposal["direction"], verdict, diff)
 
@@ -51,7 +55,7 @@ def prompt_reviews(view: CampaignView) -> list[str]:
     """The last reviews that said something, oldest first."""
     found: list[tuple[float, str]] = []
     for pr in view.prs.values():
-        for review in pr.reviews:
+        for review in pr.said:
             if review["body"]:
                 words = str(review["answer"]).replace("_", " ")
                 text = clean(str(review["body"]), REVIEW_CHARS)
@@ -85,15 +89,43 @@ def entry_text(view: CampaignView, current: RoundView) -> str:
     ]
     if current.gate:
         lines.append("- " + gate_line(current.gate))
+    if current.confirmation:
+        lines.append("- " + confirm_line(current.confirmation))
     lines += [
         f"- review ({review['answer']}): {clean(review['body'], 300)}"
-        for review in pr.reviews
+        for review in pr.said
         if review["body"]
     ]
     evidence = [job.id for job in evidence_jobs(view, pr)]
+    if current.confirm_index is not None:
+        for arm in (pr.control_arm, pr.arm):
+            evidence += [job.id for job in view.arm_jobs(arm, fresh=current.confirm_index)]
     if evidence:
         lines.append("- evidence: " + ", ".join(evidence))
     return "\n".join(lines) + "\n"
+
+
+def add_entry(notes: str, entry: str, archive: str) -> dict[str, str]:
+    """Path → new content of the memory's files, with `entry` at the end of NOTES.md.
+
+    Git keeps every version of a file whole, so a file that only ever grows would cost a campaign
+    the square of its rounds. Above `NOTES_LIMIT` the older entries move to the new file `archive`.
+    """
+    if entry in notes:
+        return {NOTES: notes}
+    notes = notes.rstrip("\n") + "\n" + entry
+    head, *entries = notes.split("\n## ")
+    if len(notes) <= NOTES_LIMIT or len(entries) < 2:
+        return {NOTES: notes}
+    kept: list[str] = [entries.pop()]
+    while entries and sum(map(len, kept)) + len(entries[-1]) <= NOTES_KEPT:
+        kept.insert(0, entries.pop())
+    line = f"(Earlier entries: {archive})"
+    head = "\n".join(x for x in head.split("\n") if not x.startswith("(Earlier entries: "))
+    return {
+        archive: "# Notes\n\n" + "\n".join(f"## {text}" for text in entries).strip() + "\n",
+        NOTES: "\n## ".join([head.rstrip("\n") + f"\n\n{line}\n", *kept]),
+    }
 
 
 def evidence_jobs(view: CampaignView, pr: PrView) -> list[Any]:
@@ -103,14 +135,23 @@ def evidence_jobs(view: CampaignView, pr: PrView) -> list[Any]:
 
 def gate_line(gate: dict[str, Any]) -> str:
     """The gate's numbers in one line."""
+    return _numbers_line("gate", "α a round", gate)
+
+
+def confirm_line(confirmation: dict[str, Any]) -> str:
+    """A confirmation's numbers in one line."""
+    return _numbers_line("fresh seeds", "α", confirmation)
+
+
+def _numbers_line(what: str, level: str, gate: dict[str, Any]) -> str:
     if gate.get("candidate_mean") is None:
-        return f"gate: {gate['verdict']}: {gate['reason']}"
+        return f"{what}: {gate['verdict']}: {gate['reason']}"
     p = gate["p_better"]
     smallest = gate["smallest_effect"]
     return (
-        f"gate: {gate['control_mean']:.1f} → {gate['candidate_mean']:.1f} "
+        f"{what}: {gate['control_mean']:.1f} → {gate['candidate_mean']:.1f} "
         f"({gate['difference']:+.1f} points), "
         f"p {'–' if p is None else f'{p:.2g}'}, df {gate['df']}, "
-        f"α a round {gate['alpha_round']:.3g}, smallest detectable effect "
+        f"{level} {gate['alpha_round']:.3g}, smallest detectable effect "
         f"{'–' if smallest is None else f'{smallest:.1f}'}: {gate['verdict']}"
     )

@@ -13,7 +13,7 @@ from selfevo import arms, guard
 from selfevo.campaign import Campaign
 from selfevo.config import TRAIN_CONFIG
 from selfevo.guard import ABSENT, FileChange
-from selfevo.memory import clean, evidence_jobs, gate_line, number
+from selfevo.memory import clean, confirm_line, evidence_jobs, gate_line, number
 from selfevo.views import CampaignView, PrView
 
 MAX_REVISIONS = 2
@@ -64,7 +64,7 @@ def body(view: CampaignView, pr: PrView, stat: str) -> str:
         f"`selfevo replay . --campaign {view.name}` shows every step; each arm's RUN.yaml is "
         f"under `runs/{view.name}/arms/`.",
     ]
-    for review in pr.reviews:
+    for review in pr.said:
         lines += [
             "",
             f"**{str(review['answer']).replace('_', ' ')}**"
@@ -78,6 +78,8 @@ def evidence(view: CampaignView, pr: PrView) -> list[str]:
     if pr.gate is None:
         return ["Not measured yet."]
     lines = [gate_line(pr.gate), ""]
+    if pr.confirmation is not None:
+        lines += [confirm_line(pr.confirmation), ""]
     if pr.gate.get("candidate_mean") is None:
         return lines
     lines += ["| arm | seed | percentile | valid | medals |", "|---|---|---|---|---|"]
@@ -111,7 +113,22 @@ def stat_text(repo: LabRepo, pr: PrView) -> str:
 
 
 def branch_faults(c: Campaign, base: str, commit: str) -> list[str]:
-    """What the guard says against the real difference between two commits."""
+    """What the guard says against the real difference between two commits, and the way there."""
+    if not c.repo.is_ancestor(base, commit):
+        return [f"is not based on {base[:12]}, the incumbent that it was made from"]
+    log = c.repo.log(commit, exclude=base)
+    merges = sum(len(one.parents) != 1 for one in log)
+    steps = [changes_between(c, one.parents[0], one.sha) for one in log if len(one.parents) == 1]
+    train = c.repo.read_file(base, TRAIN_CONFIG)
+    tracked = c.repo.list_files(base)
+    found = guard.check(changes_between(c, base, commit), train, c.space, tracked)
+    if len(steps) > 1 or merges:
+        return [*found.reasons, *guard.history_faults(steps, merges)]
+    return list(found.reasons)
+
+
+def changes_between(c: Campaign, base: str, commit: str) -> list[FileChange]:
+    """The paths that differ between two commits, as the guard reads them."""
     changes = []
     for change in c.repo.changed_paths(base, commit):
         content = None
@@ -122,8 +139,7 @@ def branch_faults(c: Campaign, base: str, commit: str) -> list[str]:
                 change.path, _LETTER[change.status], change.old_mode, change.new_mode, content
             )
         )
-    train = c.repo.read_file(base, TRAIN_CONFIG)
-    return list(guard.check(changes, train, c.space, c.repo.list_files(base)).reasons)
+    return changes
 
 
 def answer(c: Campaign, pr_number: int, choice: str, text: str) -> None:
@@ -142,7 +158,7 @@ def answer(c: Campaign, pr_number: int, choice: str, text: str) -> None:
         raise UserError(
             f"PR {pr_number} was sent back {MAX_REVISIONS} times already; approve or reject it"
         )
-    commit = c.repo.resolve(pr.branch)
+    commit = c.repo.resolve(pr.branch) if c.repo.branch_exists(pr.branch) else pr.commit
     data: dict[str, Any] = {
         "number": pr_number,
         "answer": choice,
@@ -168,7 +184,7 @@ def merge_into(c: Campaign, pr_number: int, branch: str) -> str:
     conflict leaves everything as it was. Returns the merge commit.
     """
     pr = pr_of(c.view, pr_number)
-    if pr.state in ("rejected", "closed"):
+    if pr.state in ("rejected", "reverted", "closed"):
         raise UserError(f"PR {pr_number} is {pr.state}; only open or kept PRs are merged")
     if branch.startswith("selfevo/"):
         raise UserError(f"{branch} belongs to the loop; name a branch of your own with --into")
@@ -189,7 +205,7 @@ def _merge_into(c: Campaign, pr: PrView, branch: str) -> str:
     trailers = {"Selfevo-Campaign": c.name, "Selfevo-Round": str(pr.round)}
 
     def merge(tree: Path) -> str:
-        return c.repo.merge(pr.branch, message, trailers, worktree=tree)
+        return c.repo.merge(pr.commit, message, trailers, worktree=tree)
 
     if c.repo.head().branch == branch:
         return merge(c.lab)

@@ -14,7 +14,7 @@ from typing import IO, Any
 from selfevo import text
 from selfevo.agents import tool_calls
 from selfevo.events import Event
-from selfevo.memory import clean, gate_line
+from selfevo.memory import clean, confirm_line, gate_line
 from selfevo.store import LogError, read_blob, read_events
 from selfevo.views import CampaignView, apply
 
@@ -76,9 +76,10 @@ def _details(event: Event, view: CampaignView, folder: Path, full: bool) -> list
     if kind == "agent.strike":
         return [f"failed call: {clean(data['reason'])}", *_lines(str(data["answer"]))]
     if kind == "digest":
+        record = view.rounds[event.round].digests[data["run"]]
         return [
-            f"{data['run']} = {data['job']}, read from {data['source']}",
-            *_lines(str(data["text"])),
+            f"{record['run']} = {record['job']}, read from {record['source']}",
+            *_lines(str(record["text"])),
         ]
     if kind == "pr.open":
         return [
@@ -86,7 +87,7 @@ def _details(event: Event, view: CampaignView, folder: Path, full: bool) -> list
             *_lines(_blob_text(folder, data["diff"])),
         ]
     if kind == "job.done":
-        return [*_trim(text.live(event, view)), *_curves(folder, data.get("curves"))]
+        return [*_trim(text.live(event, view)), *curve_lines(folder, data.get("curves"))]
     if kind == "eval.scores":
         return [
             *_trim(text.live(event, view)),
@@ -98,6 +99,8 @@ def _details(event: Event, view: CampaignView, folder: Path, full: bool) -> list
         ]
     if kind == "gate":
         return [gate_line(dict(data)), f"because: {clean(data['reason'])}"]
+    if kind == "confirm":
+        return [confirm_line(dict(data)), f"because: {clean(data['reason'])}"]
     if kind == "memory":
         return _lines(_blob_text(folder, data["entry"]))
     if kind == "phase":
@@ -145,7 +148,8 @@ def _reply(response: dict[str, Any], seconds: float) -> list[str]:
     return lines
 
 
-def _curves(folder: Path, digest: str | None) -> list[str]:
+def curve_lines(folder: Path, digest: str | None) -> list[str]:
+    """The curves of a finished run, one a line; `digest` is the blob that holds them."""
     if digest is None:
         return []
     series = _blob_json(folder, digest)

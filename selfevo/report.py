@@ -13,12 +13,14 @@ from selfevo import report_svg as svg
 from selfevo import summary, text
 from selfevo.campaign import read_view
 from selfevo.medals import MedalRow, before_after, medal_rows
-from selfevo.memory import clean, gate_line, number
+from selfevo.memory import clean, confirm_line, gate_line, number
 from selfevo.report_svg import Series
 from selfevo.store import LogError, read_blob
-from selfevo.views import CampaignView, PrView, RoundView
+from selfevo.views import CampaignView, JobView, PrView, RoundView
 
 TEMPLATES = Path(__file__).parent / "templates"
+FULL_ROUNDS = 50  # newest rounds, and newest kept ones, that a report tells in full
+SHORT_HEAD = ("round", "what", "verdict", "difference")
 CHARTS: tuple[tuple[str, str, float | None, float | None], ...] = (
     ("reward/mle/mean", "training reward", 0.0, None),
     ("rollout/valid_frac", "share of valid scripts", 0.0, 1.0),
@@ -33,6 +35,7 @@ BADGES = {
     "no_proposal": ("no proposal", "open"),
     "rejected_by_review": ("rejected by review", "bad"),
     "refused": ("refused by guard", "bad"),
+    "reverted": ("kept, then taken back", "bad"),
     "": ("in progress", "open"),
 }
 
@@ -69,9 +72,13 @@ def markdown(view: CampaignView, folder: Path) -> str:
         f"- human acts: {view.human_acts}",
         "",
     ]
-    for round_number in sorted(view.rounds):
-        if round_number:
-            lines += [*_round_markdown(view, view.rounds[round_number], folder), ""]
+    full, short = told(view)
+    if short:
+        lines += ["## Rounds in short", ""]
+        lines += _markdown_table(SHORT_HEAD, [_short_cells(view, view.rounds[n]) for n in short])
+        lines += [""]
+    for round_number in full:
+        lines += [*_round_markdown(view, view.rounds[round_number], folder), ""]
     lines += [
         "## Offline medals",
         "",
@@ -95,6 +102,25 @@ def markdown(view: CampaignView, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def told(view: CampaignView) -> tuple[list[int], list[int]]:
+    """Rounds that are told in full (kept ones, and the newest), and those told in one line."""
+    numbers = sorted(n for n in view.rounds if n)
+    kept = {n for n in numbers if view.rounds[n].verdict in ("accept", "reverted")}
+    full = {*numbers[-FULL_ROUNDS:], *sorted(kept)[-FULL_ROUNDS:]}
+    return sorted(full), [n for n in numbers if n not in full]
+
+
+def _short_cells(view: CampaignView, current: RoundView) -> list[str]:
+    pr = _pr(view, current)
+    difference = current.gate.get("difference") if current.gate else None
+    return [
+        str(current.number),
+        clean(pr.title if pr else current.note),
+        BADGES.get(current.verdict, (current.verdict, ""))[0],
+        "" if difference is None else f"{difference:+.1f}",
+    ]
+
+
 def _round_markdown(view: CampaignView, current: RoundView, folder: Path) -> list[str]:
     badge = BADGES.get(current.verdict, (current.verdict, "open"))[0]
     pr = _pr(view, current)
@@ -115,7 +141,14 @@ def _round_markdown(view: CampaignView, current: RoundView, folder: Path) -> lis
         lines += _markdown_table(
             ["arm", "seed", "percentile", "valid", "medals", "scripts"], _seed_cells(view, pr)
         )
+    if current.confirmation:
+        lines += ["", _confirm_text(current)]
     return lines
+
+
+def _confirm_text(current: RoundView) -> str:
+    found = current.confirmation
+    return f"{confirm_line(found)} ({clean(str(found['reason']))})" if found else ""
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -142,6 +175,8 @@ def html(view: CampaignView, folder: Path) -> str:
     times = text.time_rows(view)
     total = view.active_seconds or 1.0
     pair = before_after(view)
+    full, short = told(view)
+    shown = [job for job in view.jobs.values() if not job.round or job.round in full]
     return environment.get_template("report.html.j2").render(
         view=view,
         info=view.info,
@@ -153,11 +188,14 @@ def html(view: CampaignView, folder: Path) -> str:
         worked=text.seconds(view.active_seconds),
         tiles=_tiles(view, pair),
         start=_start(view, folder),
-        rounds=[_round(view, view.rounds[n], folder) for n in sorted(view.rounds) if n],
+        rounds=[_round(view, view.rounds[n], folder) for n in full],
+        short_head=SHORT_HEAD,
+        short=[_short_cells(view, view.rounds[n]) for n in short],
         medals=[(_medal_cells(row), row) for row in medal_rows(view)],
         time_bar=svg.time_bar(times),
         times=[(label, text.seconds(v), f"{v / total:.1%}") for label, v in times],
-        jobs=[_job_row(view, key) for key in view.jobs],
+        jobs=[_job_row(job) for job in shown],
+        n_jobs=len(view.jobs),
         commands=summary.next_commands(view, folder, 4 if view.pending_review() else 0),
     )
 
@@ -255,7 +293,7 @@ def _round(view: CampaignView, current: RoundView, folder: Path) -> dict[str, An
         why=clean(str(pr.proposal["why"])),
         change=(pr.proposal["key"], number(pr.proposal["before"]), number(pr.proposal["after"])),
         diff=[(_diff_class(line), line) for line in _diff_text(folder, pr)],
-        reviews=[(str(r["answer"]).replace("_", " "), clean(str(r["body"]))) for r in pr.reviews],
+        reviews=[(str(r["answer"]).replace("_", " "), clean(str(r["body"]))) for r in pr.said],
         charts=_charts(
             view,
             folder,
@@ -264,6 +302,7 @@ def _round(view: CampaignView, current: RoundView, folder: Path) -> dict[str, An
         seeds=_seed_cells(view, pr),
         numbers=_numbers(gate),
         gate_line=gate_line(gate) if gate else "",
+        confirmation=_confirm_text(current),
         reason=clean(str(gate.get("reason", ""))),
         gate_chart=svg.gate_chart(
             [s.score.score for s in view.arm_scores(pr.control_arm)],
@@ -343,8 +382,7 @@ def _steps(current: RoundView, folder: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def _job_row(view: CampaignView, key: str) -> list[str]:
-    job = view.jobs[key]
+def _job_row(job: JobView) -> list[str]:
     spent = job.result.get("seconds")
     return [
         job.id,

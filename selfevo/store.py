@@ -6,6 +6,7 @@ idempotency key, then the act, then the outcome event (fsync).
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from agent_tools.errors import InfraError, UserError
-from selfevo.events import KINDS, Actor, Event, parse_line
+from selfevo.events import DERIVED, KINDS, Actor, Event, parse_line, to_event
 
 Listener = Callable[[Event], None]
 
@@ -35,6 +36,9 @@ def read_events(path: Path) -> tuple[list[Event], int]:
     events: list[Event] = []
     offset = 0
     lines = raw.split(b"\n")
+    whole = _parse_together(lines[:-1])
+    if whole is not None:
+        return whole, len(raw) - len(lines[-1])
     for number, line in enumerate(lines[:-1], start=1):
         try:
             event = parse_line(line.decode("utf-8"))
@@ -52,6 +56,22 @@ def read_events(path: Path) -> tuple[list[Event], int]:
         events.append(event)
         offset += len(line) + 1
     return events, offset
+
+
+def _parse_together(lines: list[bytes]) -> list[Event] | None:
+    """The events of a log without a fault, at twice the speed of line by line; None for others."""
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk all these new objects again and again, and find nothing
+    try:
+        records = json.loads(b"[" + b",".join(lines) + b"]")
+        events = [to_event(record) for record in records]
+    except (ValueError, KeyError, TypeError):
+        return None
+    finally:
+        if collecting:
+            gc.enable()
+    in_order = all(event.seq == i for i, event in enumerate(events, start=1))
+    return events if len(events) == len(lines) and in_order else None
 
 
 def read_blob(folder: Path, digest: str) -> bytes:
@@ -90,9 +110,8 @@ class Store:
         round_: int = 0,
         actor: Actor = "system",
         cause: int | None = None,
-        sync: bool = True,
     ) -> Event:
-        """Write one event and tell the listeners. `sync=False` only for what may be lost."""
+        """Write one event and tell the listeners; fsynced unless its kind is derived."""
         if kind not in KINDS:
             raise ValueError(f"unknown event kind {kind!r}")
         event = Event(
@@ -105,7 +124,7 @@ class Store:
             self._torn = True
             self._file.write(line)
             self._file.flush()
-            if sync:
+            if kind not in DERIVED:
                 os.fsync(self._file.fileno())
         except OSError as error:
             raise InfraError(

@@ -38,6 +38,8 @@ def next_commands(view: CampaignView, folder: Path, code: int) -> list[str]:
             f"selfevo pr review {number} {lab} --approve",
             f"selfevo resume {lab}",
         ]
+    if view.state == "stopped":
+        return [f"selfevo resume {lab}", f"selfevo status {lab}", f"selfevo replay {lab}"]
     commands = [f"selfevo replay {lab} --campaign {view.name}"]
     merged = [pr.number for pr in view.prs.values() if pr.state == "merged"]
     if merged:

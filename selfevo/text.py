@@ -11,7 +11,7 @@ from typing import Any
 
 from selfevo.events import Event
 from selfevo.medals import MedalRow, before_after, medal_rows
-from selfevo.memory import clean, gate_line, number
+from selfevo.memory import clean, confirm_line, gate_line, number
 from selfevo.views import CampaignView, RoundView
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -24,6 +24,7 @@ VERDICT_WORDS = {
     "no_proposal": "no proposal",
     "rejected_by_review": "rejected by the reviewer",
     "refused": "refused by the guard",
+    "reverted": "kept, then taken back: not better on fresh seeds",
 }
 
 
@@ -134,9 +135,10 @@ def _scores(event: Event, view: CampaignView) -> list[str]:
 
 
 def _digest(event: Event, view: CampaignView) -> list[str]:
-    names = [f["name"] for f in event.data["findings"]]
+    record = view.rounds[event.round].digests[event.data["run"]]
+    names = [f["name"] for f in record["findings"]]
     return [
-        f"  log of {event.data['run']} ({event.data['source']}): "
+        f"  log of {record['run']} ({record['source']}): "
         + (", ".join(names) if names else "nothing stands out")
     ]
 
@@ -186,6 +188,20 @@ def _review_answer(event: Event, view: CampaignView) -> list[str]:
     return [f"  review of PR {data['number']}: {data['answer'].replace('_', ' ')}{text}"]
 
 
+def _remark(event: Event, view: CampaignView) -> list[str]:
+    data = event.data
+    word = {"pr.comment": "comment on", "pr.edit": "edit of", "pr.close": "closed:"}[event.kind]
+    if event.kind == "pr.close" and event.actor != "human":
+        return []
+    said = data["why"] if event.kind == "pr.close" else data["body"]
+    return [f"  {word} PR {data['number']}: {said}"]
+
+
+def _stopped(event: Event, view: CampaignView) -> list[str]:
+    jobs = ", ".join(event.data["jobs"])
+    return ["stopped by request" + (f"; {jobs} cancelled, state saved" if jobs else "")]
+
+
 def _gate(event: Event, view: CampaignView) -> list[str]:
     return [f"  {gate_line(dict(event.data))}", f"  because: {event.data['reason']}"]
 
@@ -196,6 +212,28 @@ def _integrity(event: Event, view: CampaignView) -> list[str]:
 
 def _merge(event: Event, view: CampaignView) -> list[str]:
     return [f"  PR {event.data['number']} kept: merged as {event.data['commit'][:12]}"]
+
+
+def _confirm_start(event: Event, view: CampaignView) -> list[str]:
+    data = event.data
+    return [f"  confirming PR {data['number']} with {data['seeds']} fresh seeds an arm"]
+
+
+def _confirm(event: Event, view: CampaignView) -> list[str]:
+    return [f"  {confirm_line(dict(event.data))}", f"  because: {event.data['reason']}"]
+
+
+def _revert(event: Event, view: CampaignView) -> list[str]:
+    data = event.data
+    return [f"  PR {data['number']} taken back: reverted as {data['commit'][:12]}"]
+
+
+def _restored(event: Event, view: CampaignView) -> list[str]:
+    data = event.data
+    return [
+        f"  {data['branch']} was moved by somebody: put back; {data['found'][:12]} is kept as "
+        f"{data['kept_as']}"
+    ]
 
 
 def _memory(event: Event, view: CampaignView) -> list[str]:
@@ -224,9 +262,18 @@ _LIVE: dict[str, Callable[[Event, CampaignView], list[str]]] = {
     "pr.open": _pr_open,
     "review.request": _review_request,
     "review.answer": _review_answer,
+    "pr.comment": _remark,
+    "pr.edit": _remark,
+    "pr.close": _remark,
+    "campaign.pause": lambda e, v: ["paused by request: `selfevo resume` goes on"],
+    "campaign.stop": _stopped,
     "integrity": _integrity,
     "gate": _gate,
     "pr.merge": _merge,
+    "confirm.start": _confirm_start,
+    "confirm": _confirm,
+    "pr.revert": _revert,
+    "branch.restored": _restored,
     "memory": _memory,
     "round.end": _round_end,
     "campaign.end": lambda e, v: [
@@ -271,6 +318,7 @@ def time_rows(view: CampaignView) -> list[tuple[str, float]]:
         ("measuring on held-out competitions", ("evaluate",)),
         ("agent: reading logs and deciding", ("start", "observe", "diagnose", "propose")),
         ("guard, with the trainer's dry run", ("guard",)),
+        ("confirming kept changes", ("confirm",)),
     )
     rows = [(label, sum(spent.get(n, 0.0) for n in nodes)) for label, nodes in groups]
     used = {n for _, nodes in groups for n in nodes}
@@ -319,6 +367,8 @@ def round_lines(view: CampaignView, current: RoundView, diff: str) -> list[str]:
         ]
     if current.gate:
         lines.append(f"  {gate_line(current.gate)}")
+    if current.confirmation:
+        lines.append(f"  {confirm_line(current.confirmation)}")
     verdict = VERDICT_WORDS.get(current.verdict, current.verdict or "not finished")
     lines.append(f"  verdict: {verdict}" + (f": {clean(current.note)}" if current.note else ""))
     return lines

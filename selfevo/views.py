@@ -7,189 +7,24 @@ owns, so a long campaign is not reduced again at every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from selfevo.events import Event
 from selfevo.gate import SeedScore
+from selfevo.records import CampaignView, JobView, PrView, RoundView, ScoreView, TurnView
+
+__all__ = [
+    "CampaignView",
+    "JobView",
+    "PrView",
+    "RoundView",
+    "ScoreView",
+    "TurnView",
+    "apply",
+    "reduce",
+]
 
 Data = Mapping[str, Any]
-
-
-@dataclass
-class JobView:
-    """A training or evaluation job; `run` is the cache key of what it computes."""
-
-    id: str
-    key: str
-    run: str
-    kind: str  # train | eval
-    role: str  # control | candidate
-    arm: str
-    parent: str
-    seed: int
-    index: int
-    round: int
-    folder: str  # relative to the campaign folder
-    session: int = 1
-    curves: str | None = None  # blob
-    state: str = "submitted"  # submitted | done | diverged | failed
-    reason: str = ""
-    exit_code: int | None = None
-    started: float = 0.0
-    ended: float = 0.0
-    result: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class ScoreView:
-    """A measured train seed of an arm."""
-
-    run: str
-    arm: str
-    parent: str
-    job: str
-    index: int
-    score: SeedScore
-    competitions: dict[str, dict[str, float]]
-    medals: dict[str, int]
-    valid_share: float
-    diverged: bool = False
-
-
-@dataclass
-class TurnView:
-    """One model call and what followed: blob names, the tool call, its result."""
-
-    request: str
-    reply: str = ""
-    call: dict[str, Any] | None = None
-    results: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass
-class PrView:
-    """A proposal. States: open, changes_requested, approved, rejected, merged, closed."""
-
-    number: int
-    round: int
-    branch: str
-    base: str
-    commit: str
-    arm: str
-    title: str
-    diff: str  # blob
-    proposal: dict[str, Any]
-    state: str = "open"
-    commits: list[str] = field(default_factory=list)
-    reviews: list[dict[str, Any]] = field(default_factory=list)
-    revisions: int = 0
-    gate: dict[str, Any] | None = None
-    control_arm: str = ""
-    merge_commit: str | None = None
-    merged_into: list[str] = field(default_factory=list)
-
-    @property
-    def answered(self) -> str | None:
-        """The last review's answer, if it is about the present commit."""
-        if self.reviews and self.reviews[-1]["commit"] == self.commit:
-            return str(self.reviews[-1]["answer"])
-        return None
-
-
-@dataclass
-class RoundView:
-    number: int
-    started: float
-    control_arm: str = ""
-    ended: float = 0.0
-    digests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    turns: list[TurnView] = field(default_factory=list)  # of the present conversation
-    all_turns: list[TurnView] = field(default_factory=list)
-    calls: int = 0
-    strikes: int = 0
-    strike_reasons: list[str] = field(default_factory=list)
-    decision: dict[str, Any] | None = None
-    proposal: dict[str, Any] | None = None
-    guard: dict[str, Any] | None = None
-    pr: int | None = None
-    revise: bool = False
-    gate: dict[str, Any] | None = None
-    integrity: list[str] = field(default_factory=list)
-    verdict: str = ""
-    note: str = ""
-
-
-@dataclass
-class CampaignView:
-    """Everything that is known of a campaign."""
-
-    name: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
-    head: int = 0
-    first_ts: float = 0.0
-    last_ts: float = 0.0
-    phase: str = "launch"
-    round: int = 0
-    thread: str = ""
-    sessions: int = 0
-    state: str = "new"  # new | running | waiting | stopped | done
-    stop_reason: str = ""
-    control_arm: str = ""
-    control_commit: str = ""
-    control_parent: str = ""
-    incumbent_head: str = ""
-    rounds: dict[int, RoundView] = field(default_factory=dict)
-    prs: dict[int, PrView] = field(default_factory=dict)
-    jobs: dict[str, JobView] = field(default_factory=dict)  # by key
-    scores: dict[str, ScoreView] = field(default_factory=dict)  # by run
-    memory: list[dict[str, Any]] = field(default_factory=list)
-    intents: dict[str, dict[str, Any]] = field(default_factory=dict)
-    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    node_seconds: dict[str, float] = field(default_factory=dict)
-    model_seconds: float = 0.0
-    human_acts: int = 0
-    mark: float = 0.0
-
-    @property
-    def now(self) -> RoundView:
-        return self.rounds[self.round]
-
-    @property
-    def rounds_planned(self) -> int:
-        return int(self.info["rounds"])
-
-    def arm_scores(self, arm: str, parent: str | None = None) -> list[ScoreView]:
-        """Measured seeds of an arm (trained from `parent`, if given), by seed index."""
-        found = [s for s in self.scores.values() if s.arm == arm and parent in (None, s.parent)]
-        return sorted(found, key=lambda s: s.index)
-
-    def arm_jobs(self, arm: str, kind: str = "train") -> list[JobView]:
-        """The last job of each seed of an arm, by seed index."""
-        last: dict[int, JobView] = {}
-        for job in self.jobs.values():
-            if job.arm == arm and job.kind == kind:
-                last[job.index] = job
-        return [last[index] for index in sorted(last)]
-
-    def job_of(self, run: str) -> JobView | None:
-        """The last attempt at a run."""
-        found = [job for job in self.jobs.values() if job.run == run]
-        return found[-1] if found else None
-
-    @property
-    def active_seconds(self) -> float:
-        """Working time: sessions only, gaps between them left out."""
-        return sum(self.node_seconds.values())
-
-    def pending_review(self) -> PrView | None:
-        """The PR that waits for a person, if any."""
-        if self.phase != "review" or self.state == "done":
-            return None
-        number = self.now.pr
-        pr = self.prs[number] if number is not None else None
-        return pr if pr is not None and pr.answered is None and pr.state == "open" else None
 
 
 def reduce(events: Iterable[Event]) -> CampaignView:
@@ -242,10 +77,18 @@ def _session_start(view: CampaignView, data: Data, event: Event) -> None:
 
 
 def _session_end(view: CampaignView, data: Data, event: Event) -> None:
-    _spend(view, view.phase, event.ts)
+    _spend(view, view.phase, event.ts, data.get("seconds"))
     if view.state != "done":
         view.state = "waiting" if data["reason"] == "review" else "stopped"
-    view.stop_reason = data["reason"]
+        view.stop_reason = data["reason"]
+
+
+def _campaign_pause(view: CampaignView, data: Data, event: Event) -> None:
+    view.stop_reason = "paused"
+
+
+def _campaign_stop(view: CampaignView, data: Data, event: Event) -> None:
+    view.state, view.stop_reason = "stopped", "requested"
 
 
 def _campaign_end(view: CampaignView, data: Data, event: Event) -> None:
@@ -255,13 +98,14 @@ def _campaign_end(view: CampaignView, data: Data, event: Event) -> None:
 
 
 def _phase(view: CampaignView, data: Data, event: Event) -> None:
-    _spend(view, data["from"], event.ts)
+    _spend(view, data["from"], event.ts, data.get("seconds"))
     view.phase = data["to"]
 
 
-def _spend(view: CampaignView, node: str, ts: float) -> None:
+def _spend(view: CampaignView, node: str, ts: float, seconds: float | None) -> None:
+    """Count time for a node: as measured, or by the events' times in logs that did not measure."""
     if view.mark:
-        spent = max(0.0, ts - view.mark)
+        spent = max(0.0, ts - view.mark) if seconds is None else seconds
         view.node_seconds[node] = view.node_seconds.get(node, 0.0) + spent
     view.mark = ts
 
@@ -278,7 +122,10 @@ def _round_end(view: CampaignView, data: Data, event: Event) -> None:
 
 
 def _digest(view: CampaignView, data: Data, event: Event) -> None:
-    view.rounds[event.round].digests[data["run"]] = dict(data)
+    # a run that has ended keeps its digest: later rounds only name the one where it was made
+    made = data.get("as_in_round")
+    source = data if made is None else view.rounds[made].digests[data["run"]]
+    view.rounds[event.round].digests[data["run"]] = dict(source)
 
 
 def _agent_request(view: CampaignView, data: Data, event: Event) -> None:
@@ -389,14 +236,50 @@ def _pr_merge(view: CampaignView, data: Data, event: Event) -> None:
     pr = view.prs[data["number"]]
     pr.state = "merged"
     pr.merge_commit = data["commit"]
+    pr.replaced = (view.control_commit, view.control_parent)
     view.incumbent_head = data["commit"]
     view.control_commit = pr.commit
     view.control_arm = pr.arm
     view.control_parent = data["parent"]
 
 
+def _confirm_start(view: CampaignView, data: Data, event: Event) -> None:
+    view.rounds[event.round].confirm_index = data["index"]
+
+
+def _confirm(view: CampaignView, data: Data, event: Event) -> None:
+    view.rounds[event.round].confirmation = dict(data)
+    view.prs[data["number"]].confirmation = dict(data)
+
+
+def _pr_revert(view: CampaignView, data: Data, event: Event) -> None:
+    pr = view.prs[data["number"]]
+    pr.state = "reverted"
+    pr.revert_commit = view.incumbent_head = data["commit"]
+    view.control_commit, view.control_parent = pr.replaced
+    view.control_arm = pr.control_arm
+    view.rounds[event.round].verdict = "reverted"
+
+
+def _pr_comment(view: CampaignView, data: Data, event: Event) -> None:
+    view.prs[data["number"]].remarks.append({**data, "answer": "comment", "ts": event.ts})
+
+
+def _pr_edit(view: CampaignView, data: Data, event: Event) -> None:
+    pr = view.prs[data["number"]]
+    pr.remarks.append({**data, "answer": "edit", "ts": event.ts})
+    pr.title, pr.proposal = data["title"], dict(data["proposal"])
+    if data["commit"] != pr.commit:
+        pr.commit, pr.arm, pr.diff = data["commit"], data["arm"], data["diff"]
+        pr.commits.append(data["commit"])
+
+
 def _pr_close(view: CampaignView, data: Data, event: Event) -> None:
-    view.prs[data["number"]].state = data["state"]
+    pr = view.prs[data["number"]]
+    pr.state = data["state"]
+    if event.actor == "human":
+        words = {"answer": "close", "body": data["why"], "commit": pr.commit, "ts": event.ts}
+        pr.remarks.append(words)
     if data.get("verdict"):
         current = view.rounds[event.round]
         current.verdict, current.note = data["verdict"], data.get("why", "")
@@ -407,7 +290,7 @@ def _pr_merge_into(view: CampaignView, data: Data, event: Event) -> None:
 
 
 def _job_submit(view: CampaignView, data: Data, event: Event) -> None:
-    view.jobs[data["key"]] = JobView(
+    job = JobView(
         id=data["job"],
         key=data["key"],
         run=data["run"],
@@ -422,6 +305,9 @@ def _job_submit(view: CampaignView, data: Data, event: Event) -> None:
         started=event.ts,
         session=view.sessions,
     )
+    view.jobs[job.key] = job
+    view.jobs_of_run.setdefault(job.run, []).append(job)
+    view.jobs_of_arm.setdefault((job.arm, job.kind), []).append(job)
 
 
 def _job_done(view: CampaignView, data: Data, event: Event) -> None:
@@ -436,7 +322,7 @@ def _eval_scores(view: CampaignView, data: Data, event: Event) -> None:
     score = SeedScore(
         data["seed"], data["score"], data["sampling_var"], data["samples"], data["infra"]
     )
-    view.scores[data["run"]] = ScoreView(
+    found = ScoreView(
         data["run"],
         data["arm"],
         data["parent"],
@@ -448,6 +334,8 @@ def _eval_scores(view: CampaignView, data: Data, event: Event) -> None:
         data["valid_share"],
         data["diverged"],
     )
+    view.scores[found.run] = found
+    view.scores_of_arm.setdefault(found.arm, []).append(found)
 
 
 def _integrity(view: CampaignView, data: Data, event: Event) -> None:
@@ -471,6 +359,8 @@ _HANDLERS: dict[str, Callable[[CampaignView, Data, Event], None]] = {
     "campaign.start": _campaign_start,
     "session.start": _session_start,
     "session.end": _session_end,
+    "campaign.pause": _campaign_pause,
+    "campaign.stop": _campaign_stop,
     "campaign.end": _campaign_end,
     "phase": _phase,
     "round.start": _round_start,
@@ -487,6 +377,11 @@ _HANDLERS: dict[str, Callable[[CampaignView, Data, Event], None]] = {
     "pr.open": _pr_open,
     "review.answer": _review_answer,
     "pr.merge": _pr_merge,
+    "confirm.start": _confirm_start,
+    "confirm": _confirm,
+    "pr.revert": _pr_revert,
+    "pr.comment": _pr_comment,
+    "pr.edit": _pr_edit,
     "pr.close": _pr_close,
     "pr.merge_into": _pr_merge_into,
     "job.submit": _job_submit,

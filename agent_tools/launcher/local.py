@@ -13,6 +13,7 @@ file lock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,62 +30,12 @@ from typing import Literal
 import psutil
 
 from agent_tools.errors import InfraError, UserError
+from agent_tools.launcher.protocol import Job, JobSpec, JobStatus
 from agent_tools.launcher.supervisor import JOB_MARK, kill_marked, write_json
 
-State = Literal["queued", "running", "done", "failed", "cancelled"]
 START_TIMEOUT_S = 60.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LOG_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """What to run.
-
-    argv: program and arguments; cwd: working directory; env: variables added to (and replacing)
-    the caller's; run_dir: made if missing, receives stdout.log, stderr.log and job.json;
-    wall_limit_s: seconds after which the whole tree is killed, an attempt.
-    """
-
-    argv: tuple[str, ...]
-    cwd: Path
-    env: Mapping[str, str]
-    run_dir: Path
-    wall_limit_s: float
-
-
-@dataclass(frozen=True)
-class Job:
-    """A submitted job. `id` is derived from its key."""
-
-    id: str
-    run_dir: Path
-
-
-@dataclass(frozen=True)
-class JobStatus:
-    """State of a job.
-
-    state: queued until its process runs; reason, for failed and cancelled: "exit" (non-zero
-    `exit_code`), "signal" (`signal` names it), "oom" (killed by the kernel for memory),
-    "wall_limit", "start_failed" (the program could not run), "lost" (supervisor gone: killed, or
-    the machine rebooted), "cancelled". attempt counts starts from 1; times are unix seconds.
-    """
-
-    state: State
-    pid: int | None = None
-    exit_code: int | None = None
-    signal: str | None = None
-    reason: str | None = None
-    detail: str = ""
-    attempt: int = 0
-    started: float | None = None
-    heartbeat: float | None = None
-    ended: float | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Done, failed or cancelled."""
-        return self.state in ("done", "failed", "cancelled")
 
 
 @dataclass
@@ -114,7 +65,8 @@ class LocalLauncher:
             keys.mkdir(parents=True, exist_ok=True)
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {error.filename}: {error.strerror}") from error
+            kind = InfraError if error.errno in FULL else UserError
+            raise kind(f"cannot make {error.filename}: {error.strerror}") from error
         record_path = keys / f"{job_id}.json"
         identity = {"key": key, "argv": list(spec.argv), "run_dir": str(run_dir)}
         with _locked(keys / f"{job_id}.lock"):

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 
 from agent_tools.errors import InfraError
 from selfevo import arms, jobs
 from selfevo.arms import RunRequest
 from selfevo.campaign import Campaign
 from selfevo.medals import COUNTS, measure, parse_scores
-from selfevo.nodes.launch import pairs, seed_indices, training
+from selfevo.nodes.launch import training
 from selfevo.store import canonical, sha256
 
 
 def run(c: Campaign) -> str:
     """Evaluation jobs of the round, then one eval.scores event a seed; round 0 ends here."""
+    measure_runs(c, training(c))
+    return "stop" if c.view.round == 0 else "gate"
+
+
+def measure_runs(c: Campaign, trained: Sequence[RunRequest]) -> None:
+    """Measure every training run that ended: done ones by a job, diverged ones score 0."""
     eval_id = sha256(canonical(c.evaluation.model_dump(mode="json", exclude={"train_seeds"})))[:8]
-    requests = arms.requests_for(
-        pairs(c),
-        seed_indices(c),
-        kind="eval",
-        parent=c.view.control_parent,
-        budget=c.budget_id,
-        campaign_seed=c.campaign_seed,
-        eval_id=eval_id,
-    )
-    states = {}
-    for request in training(c):
-        job = c.view.job_of(request.run)
-        states[request.arm, request.index] = job.state if job is not None else "failed"
     runnable = []
-    for request in requests:
-        state = states[request.arm, request.index]
+    for run_ in trained:
+        job = c.view.job_of(run_.run)
+        state = job.state if job is not None else "failed"
+        name = f"eval/{run_.run.removeprefix('train/')}/{eval_id}"
+        request = replace(run_, run=name, kind="eval")
         if state == "diverged":
             _diverged(c, request)
         elif state == "done":
@@ -39,7 +37,6 @@ def run(c: Campaign) -> str:
     jobs.run_all(c, runnable)
     for request in runnable:
         _scores(c, request)
-    return "stop" if c.view.round == 0 else "gate"
 
 
 def _scores(c: Campaign, request: RunRequest) -> None:

@@ -37,7 +37,7 @@ def _verdict(c: Campaign, pr: PrView) -> dict[str, Any]:
     result = gate.decide(
         control,
         candidate,
-        _others(c, pr, parent),
+        other_arms(c, pr, parent),
         alpha=c.config.gate.alpha,
         rounds=c.view.rounds_planned,
         budget_ratio=budget_ratio(c, pr),
@@ -55,8 +55,8 @@ def _without_numbers(verdict: str, reason: str) -> dict[str, Any]:
     return {"verdict": verdict, "reason": reason, "candidate_mean": None, "difference": None}
 
 
-def _others(c: Campaign, pr: PrView, parent: str) -> list[list[SeedScore]]:
-    """Seeds of the campaign's other arms, each arm and parent apart."""
+def other_arms(c: Campaign, pr: PrView, parent: str) -> list[list[SeedScore]]:
+    """Seeds of the campaign's arms but the PR's two, each arm and parent apart."""
     groups: dict[tuple[str, str], list[SeedScore]] = {}
     for score in c.view.scores.values():
         if (score.arm, score.parent) in ((pr.arm, parent), (pr.control_arm, parent)):
@@ -75,9 +75,9 @@ def budget_ratio(c: Campaign, pr: PrView) -> float:
     return budgets[0].ratio(budgets[1])
 
 
-def cost(c: Campaign, arm: str) -> dict[str, float]:
+def cost(c: Campaign, arm: str, fresh: int | None = None) -> dict[str, float]:
     """What the arm's training runs consumed; printed beside the verdict, never blocking."""
-    done = c.view.arm_jobs(arm)
+    done = c.view.arm_jobs(arm, fresh=fresh)
     return {
         "seconds": round(sum(float(j.result.get("seconds") or 0) for j in done), 1),
         "tokens": sum(float(j.result.get("tokens") or 0) for j in done),

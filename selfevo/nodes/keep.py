@@ -9,22 +9,22 @@ from selfevo.jobs import trained_checkpoint
 
 
 def run(c: Campaign) -> str:
-    """Merge commit with trailers, exactly once."""
+    """Merge commit with trailers, exactly once; then confirm, where the lab asks for it."""
     current = c.view.now
     assert current.pr is not None and current.gate is not None
     pr = c.view.prs[current.pr]
     c.once("pr.merge", f"merge/{pr.number}", {"number": pr.number}, lambda: _merge(c, pr.number))
     c.repo.worktree_remove(c.pr_tree(pr.branch))
-    return "reflect"
+    return "confirm" if c.config.gate.confirm_seeds else "reflect"
 
 
 def _merge(c: Campaign, number: int) -> dict[str, Any]:
     pr = c.view.prs[number]
     assert pr.gate is not None
-    tree = c.repo.worktree_add(c.incumbent_tree, c.incumbent_branch)
+    tree = c.incumbent()
     gate, spent = pr.gate, pr.gate["candidate_cost"]
     commit = c.repo.merge(
-        pr.branch,
+        pr.commit,  # what was measured, wherever its branch is now
         f"Keep PR {number}: {pr.title}",
         {
             "Selfevo-Round": str(pr.round),

@@ -66,11 +66,17 @@ def seed_indices(c: Campaign) -> list[int]:
 
 def training(c: Campaign) -> list[RunRequest]:
     """The training runs that this round needs."""
+    return train_requests(c, pairs(c), seed_indices(c), c.view.control_parent)
+
+
+def train_requests(
+    c: Campaign, arms_: Sequence[tuple[str, str]], indices: Sequence[int], parent: str
+) -> list[RunRequest]:
+    """Training runs of (role, arm) × seed indices from a parent checkpoint."""
     return arms.requests_for(
-        pairs(c),
-        seed_indices(c),
-        kind="train",
-        parent=c.view.control_parent,
+        arms_,
+        indices,
+        parent=parent,
         budget=c.budget_id,
         campaign_seed=c.campaign_seed,
     )

@@ -16,6 +16,11 @@ def run(c: Campaign) -> str:
         name = f"control-s{job.index}"
         if job.state not in ("done", "diverged") or name in current.digests:
             continue
+        earlier = c.view.rounds.get(current.number - 1)
+        known = earlier.digests.get(name) if earlier is not None else None
+        if known is not None and known["job"] == job.id:  # its log has ended
+            c.emit("digest", {"run": name, "job": job.id, "as_in_round": current.number - 1})
+            continue
         history = read_run(c.run_dir(job.folder))
         found = digest(history)
         c.emit(

@@ -17,12 +17,15 @@ def run(c: Campaign) -> str:
     if current.pr is not None:
         pr = c.view.prs[current.pr]
         number, branch, base, revision = pr.number, pr.branch, pr.base, pr.revisions
+        start = pr.commit
     else:
-        number, revision, base = len(c.view.prs) + 1, 0, c.view.incumbent_head
+        number, revision = len(c.view.prs) + 1, 0
+        base = start = c.view.incumbent_head
         branch = f"selfevo/{c.name}/r{current.number}-{proposal['slug']}"
     key = f"pr/{number}/{revision}"
     if key in c.view.intents:  # killed before the outcome: the incumbent may not move meanwhile
         base = c.view.intents[key]["base"]
+        start = base if c.view.now.pr is None else start
     data = {
         "number": number,
         "branch": branch,
@@ -30,7 +33,7 @@ def run(c: Campaign) -> str:
         "title": proposal["title"],
         "proposal": {k: v for k, v in proposal.items() if k != "call_id"},
     }
-    c.once("pr.open", key, data, lambda: _commit(c, branch, base, proposal))
+    c.once("pr.open", key, data, lambda: _commit(c, branch, base, start, proposal))
     if c.config.review == "always":
         commit = c.view.prs[number].commit
         review = f"review/{number}/{commit}"
@@ -39,10 +42,12 @@ def run(c: Campaign) -> str:
     return "review"
 
 
-def _commit(c: Campaign, branch: str, base: str, proposal: dict[str, Any]) -> dict[str, Any]:
+def _commit(
+    c: Campaign, branch: str, base: str, start: str, proposal: dict[str, Any]
+) -> dict[str, Any]:
     if not c.repo.branch_exists(branch):
-        c.repo.create_branch(branch, base)
-    tree = c.repo.worktree_add(c.pr_tree(branch), branch)
+        c.repo.create_branch(branch, start)
+    tree = c.worktree(c.pr_tree(branch), branch)
     (tree / TRAIN_CONFIG).write_bytes(c.store.read(proposal["text"]))
     commit = c.repo.commit(
         [TRAIN_CONFIG],

@@ -80,6 +80,6 @@ def _problem(
             and pr.proposal["after"] == after
             and pr.control_arm == c.view.control_arm
         )
-        if same and (pr.state == "rejected" or pr.number == c.view.now.pr):
+        if same and (pr.state in ("rejected", "reverted") or pr.number == c.view.now.pr):
             return f"this edit was answered in round {pr.round} , try another"
     return None

@@ -21,13 +21,16 @@ def run(c: Campaign) -> str:
 
 
 def _append(c: Campaign, entry: str) -> dict[str, Any]:
-    tree = c.repo.worktree_add(c.incumbent_tree, c.incumbent_branch)
-    notes = tree / NOTES
-    old = notes.read_text(encoding="utf-8")
-    if entry not in old:  # killed after the write: the entry is there already
-        notes.write_text(old.rstrip("\n") + "\n" + entry, encoding="utf-8")
+    tree = c.incumbent()
+    archive = f"memory/{c.name}-until-r{c.view.round}.md"
+    there = c.repo.list_files(c.incumbent_branch, NOTES)
+    notes = c.repo.read_file(c.incumbent_branch, NOTES) if NOTES in there else "# Notes\n"
+    files = memory.add_entry(notes, entry, archive)
+    for path, text in files.items():
+        (tree / path).parent.mkdir(exist_ok=True)
+        (tree / path).write_text(text, encoding="utf-8")
     commit = c.repo.commit(
-        [NOTES],
+        list(files),
         f"Note round {c.view.round}: {c.view.now.verdict}",
         {"Selfevo-Round": str(c.view.round)},
         worktree=tree,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from agent_tools.errors import InfraError
 from selfevo import jobs
+from selfevo.arms import RunRequest
 from selfevo.campaign import Campaign
 from selfevo.nodes.launch import training
 
 
 def run(c: Campaign) -> str:
     """Wait and log outcomes. A failed control run stops the loop: nothing could be compared."""
-    requests = training(c)
+    train(c, training(c))
+    return "evaluate"
+
+
+def train(c: Campaign, requests: Sequence[RunRequest]) -> None:
+    """Run training requests to their end; `InfraError` if one of the control's failed."""
     jobs.run_all(c, requests)
     for request in requests:
         job = c.view.job_of(request.run)
@@ -23,4 +30,3 @@ def run(c: Campaign) -> str:
                 f"{c.run_dir(job.folder) / 'stderr.log'}, then "
                 f"`selfevo resume {shlex.quote(str(c.lab))}`"
             )
-    return "evaluate"

@@ -371,3 +371,52 @@ def test_a_program_named_by_a_configured_merge_driver_is_replaced_by_an_ordinary
     expected = text.replace("key1: 1\n", "key1: one\n").replace("key18: 18", "key18: eighteen")
     assert lab.read_file(merged, "configs/train.yaml") == expected
     assert not marker.exists(), marker.read_text()
+
+
+def test_a_program_that_the_configuration_names_later_does_not_run(lab, tmp_path, monkeypatch):
+    """The configuration is listed once while it stands still, and again when it has changed."""
+    from agent_tools import git_safe
+
+    monkeypatch.setattr(git_safe, "_SETTLED_NS", -1)
+    commands = []
+    real = git_safe.execute
+
+    def execute(args, *rest):
+        commands.append(args[0])
+        return real(args, *rest)
+
+    monkeypatch.setattr(git_safe, "execute", execute)
+    lab.head()
+    lab.branches()
+    assert commands.count("config") == 1
+    marker = tmp_path / "marker"
+    evil = tmp_path / "evil.sh"
+    evil.write_text(f'#!/bin/sh\necho run >> "{marker}"\ncat\n')
+    evil.chmod(0o755)
+    with (lab.path / ".git/config").open("a") as file:
+        file.write(f'[filter "late"]\n\tclean = {evil}\n')
+    (lab.path / ".git/info").mkdir(exist_ok=True)
+    (lab.path / ".git/info/attributes").write_text("notes.md filter=late\n")
+    (lab.path / "notes.md").write_text("changed\n")
+    lab.commit(["notes.md"], "Notes", worktree=lab.path)
+    assert commands.count("config") == 2 and not marker.exists()
+    # files that are included may change unseen, so they are read every time
+    with (lab.path / ".git/config").open("a") as file:
+        file.write(f"[include]\n\tpath = {tmp_path / 'more'}\n")
+    (tmp_path / "more").write_text("")
+    lab.head()
+    before = commands.count("config")
+    (tmp_path / "more").write_text(f'[filter "late"]\n\tclean = {evil}\n')
+    (lab.path / "notes.md").write_text("again\n")
+    lab.commit(["notes.md"], "Notes", worktree=lab.path)
+    assert commands.count("config") > before and not marker.exists()
+
+
+def test_branches_moved_by_others_are_seen_although_objects_are_kept(lab):
+    first = lab.resolve("main")
+    assert lab.read_file("main", "notes.md")
+    (lab.path / "notes.md").write_text("second\n")
+    second = lab.commit(["notes.md"], "Second", worktree=lab.path)
+    assert lab.read_file("main", "notes.md") == "second\n" and lab.resolve("main") == second
+    subprocess.run(["git", "-C", str(lab.path), "reset", "--hard", first], check=True)
+    assert lab.resolve("main") == first and lab.read_file("main", "notes.md") != "second\n"

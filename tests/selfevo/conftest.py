@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selfevo_driver import Sessions
 from selfevo_lab import model_lab
+from selfevo_outcome import signature
 
 from selfevo.arms import Commands
 
@@ -36,6 +38,15 @@ def commands() -> Commands:
         evaluate=(sys.executable, str(DOUBLE), "evaluate"),
         check_machine=False,
     )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The signature of the rules campaign on the template's lab, with nothing in its way."""
+    lab = model_lab(tmp_path_factory.mktemp("undisturbed") / "lab")
+    with Sessions() as sessions:
+        assert sessions.run(lab, "start") == 0, lab.with_suffix(".log").read_text()
+    return signature(lab)
 
 
 class Model:

@@ -67,20 +67,17 @@ def train(argv: list[str]) -> int:
     if broken.exists() and run.name.startswith(tuple(broken.read_text().split())):
         print("error: the disk is full", file=sys.stderr)
         return 5
+    fluke = (Path.cwd().parent.parent / "fluke").exists()  # no seed of a confirmation goes well
     steps = config["budget"]["steps"]
     done = sorted(int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*"))
     first = done[-1] + 1 if args.resume and done else 1
     metrics = run / "metrics.jsonl"
-    kept = (
-        [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < first]
-        if metrics.exists()
-        else []
-    )
-    metrics.write_text("".join(line + "\n" for line in kept))
-    rng = random.Random(seed)
+    part = metrics.with_suffix(".part")
+    part.write_text("".join(metrics_line(step, seed, lr, fluke) for step in range(1, first)))
+    part.replace(metrics)
     for step in range(first, steps + 1):
         time.sleep(float(os.environ.get("DOUBLE_STEP_S", "0.01")))
-        left = max(0.05, 1 - 0.3 * step) if lr >= 1e-3 else 1.0
+        left = quality(step, seed, lr, fluke)
         folder = run / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "policy.json", {"quality": left, "seed": seed, "lr": lr})
@@ -88,20 +85,8 @@ def train(argv: list[str]) -> int:
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         link.replace(run / "checkpoints" / "latest")
-        row = {
-            "step": step,
-            "t": time.time(),
-            "reward/mle/mean": 0.4 * left + rng.random() / 100,
-            "rollout/valid_frac": 0.85 * left,
-            "rollout/truncated_frac": 0.0,
-            "rollout/timeout_frac": 0.0,
-            "policy/entropy": 0.2,
-            "policy/grad_norm": 0.1,
-            "loss/cispo/weight_max": 1.0,
-            "optim/lr": lr,
-        }
         with metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(metrics_line(step, seed, lr, fluke))
     write(run / "status.json", {"state": "done", "pid": os.getpid(), "exit_code": 0})
     write(
         run / "result.json",
@@ -115,6 +100,27 @@ def train(argv: list[str]) -> int:
         },
     )
     return 0
+
+
+def quality(step: int, seed: int, lr: float, fluke: bool) -> float:
+    return max(0.05, 1 - 0.3 * step) if lr >= 1e-3 or (fluke and seed >= 2**30) else 1.0
+
+
+def metrics_line(step: int, seed: int, lr: float, fluke: bool) -> str:
+    left = quality(step, seed, lr, fluke)
+    row = {
+        "step": step,
+        "t": time.time(),
+        "reward/mle/mean": 0.4 * left + random.Random(f"{seed}/{step}").random() / 100,
+        "rollout/valid_frac": 0.85 * left,
+        "rollout/truncated_frac": 0.0,
+        "rollout/timeout_frac": 0.0,
+        "policy/entropy": 0.2,
+        "policy/grad_norm": 0.1,
+        "loss/cispo/weight_max": 1.0,
+        "optim/lr": lr,
+    }
+    return json.dumps(row) + "\n"
 
 
 def evaluate(argv: list[str]) -> int:
@@ -157,4 +163,8 @@ def evaluate(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"train": train, "evaluate": evaluate}[sys.argv[1]](sys.argv[2:]))
+    try:
+        sys.exit({"train": train, "evaluate": evaluate}[sys.argv[1]](sys.argv[2:]))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(5)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from selfevo_lab import model_lab
+from selfevo_driver import Sessions
+from selfevo_lab import model_lab, point_at
+from selfevo_outcome import signature
 
 from agent_tools.errors import UserError
 from selfevo import loop
@@ -32,71 +34,44 @@ def drive(lab: Path, action: str, *point: str, **env: str) -> subprocess.Popen[b
     )
 
 
-def git(lab: Path, *args: str) -> list[str]:
-    return subprocess.run(
-        ["git", "-C", str(lab), *args], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+def reverting_lab(path: Path) -> Path:
+    """A lab whose first kept change fails its confirmation: every kind of act in one round."""
+    model_lab(path)
+    (path / "fluke").touch()
+    point_at(path, "auto", confirm_seeds="2")
+    return path
 
 
-def signature(lab: Path) -> dict[str, Any]:
-    """What must be equal: rounds, jobs, PRs, memory entries, steps, commits."""
-    folder = lab / "runs/c1"
-    view = read_view(folder)
-    jobs = sorted((job.kind, job.id, job.run, job.state) for job in view.jobs.values())
-    steps = {
-        path.parent.name: [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        for path in folder.glob("jobs/r*/metrics.jsonl")
-    }
-    notes = git(lab, "show", "selfevo/c1/incumbent:memory/NOTES.md")
-    return {
-        "rounds": {n: r.verdict for n, r in view.rounds.items()},
-        "jobs": jobs,
-        "steps": steps,
-        "prs": [(p.number, p.branch, p.state, len(p.commits)) for p in view.prs.values()],
-        "memory": [line for line in notes if line.startswith("## ")],
-        "lines": [entry["line"] for entry in view.memory],
-        "state": view.state,
-        "branches": git(lab, "branch", "--format=%(refname:short)"),
-        "commits": git(lab, "log", "--format=%s", "--topo-order", "selfevo/c1/incumbent"),
-        "scores": sorted((s.run, s.score.score) for s in view.scores.values()),
-    }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    lab = model_lab(tmp_path_factory.mktemp("undisturbed") / "lab")
-    process = drive(lab, "start")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
-    return signature(lab)
-
-
-POINTS = (
-    ("start", "job.submit.intent", "after"),
-    ("resume", "job.submit", "before"),
-    ("resume", "eval.scores", "before"),
-    ("resume", "round.start", "after"),
-    ("resume", "tool.call", "after"),
-    ("resume", "pr.open.intent", "after"),
-    ("resume", "pr.open", "before"),
-    ("resume", "gate", "after"),
-    ("resume", "pr.merge", "before"),
-    ("resume", "memory", "before"),
-    ("resume", "campaign.end", "before"),
-)
-
-
-def test_killed_at_every_kind_of_point(lab: Path, undisturbed: dict[str, Any]) -> None:
-    for number, (action, kind, when) in enumerate(POINTS):
-        process = drive(lab, action, kind, when)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, (kind, when, errors.decode())
-        if number % 2:
-            (lab / "runs/c1/checkpoints.sqlite").unlink(missing_ok=True)
-    process = drive(lab, "resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
-    assert signature(lab) == undisturbed
+def test_killed_at_every_point(tmp_path: Path) -> None:
+    """SIGKILL once at each edge of every kind of event, blob, git command, job start and graph
+    checkpoint, wherever it is called from; the graph's database is deleted every third time."""
+    calm, lab = reverting_lab(tmp_path / "calm"), reverting_lab(tmp_path / "lab")
+    record, action, deaths = tmp_path / "points", "start", 0
+    with Sessions() as sessions:
+        assert sessions.run(calm, "start", rounds=1) == 0
+        while (status := sessions.run(lab, action, record=str(record), rounds=1)) != 0:
+            assert status == -signal.SIGKILL, lab.with_suffix(".log").read_text()[-2000:]
+            deaths += 1
+            assert deaths < 500, "no progress"
+            log = lab / "runs/c1/events.jsonl"
+            begun = log.exists() and log.stat().st_size
+            action = "resume" if begun else "start"
+            if not begun:  # no event yet: nothing to resume, and `run` would choose the name c2
+                shutil.rmtree(lab / "runs", ignore_errors=True)
+            if deaths % 3 == 0:
+                (lab / "runs/c1/checkpoints.sqlite").unlink(missing_ok=True)
+            elif deaths % 3 == 1 and begun:  # the machine died within a write
+                with log.open("ab") as file:
+                    file.write(b'{"v":1,"seq":')
+    points = record.read_text().splitlines()
+    assert deaths == len(points) == len(set(points)) > 90
+    for what in ("pr.merge", "pr.revert", "memory", "confirm", "job.submit", "job.done", "gate"):
+        assert {f"event {what} before", f"event {what} after"} <= set(points)
+    for what in ("merge in keep._merge", "revert in confirm._revert", "commit in reflect._append"):
+        assert {f"git {what} before", f"git {what} after"} <= set(points)
+    assert {"supervisor before", "supervisor after", "launcher job.json after"} <= set(points)
+    assert signature(lab) == signature(calm)
+    assert read_view(lab / "runs/c1").prs[1].state == "reverted"
 
 
 def test_the_whole_tree_killed_during_training(lab: Path, undisturbed: dict[str, Any]) -> None:
@@ -156,21 +131,9 @@ def test_a_second_run_refuses_with_pid_and_host(lab: Path, commands: Commands) -
     assert code == 0
 
 
-def test_sigterm_saves_and_resume_goes_on(lab: Path, commands: Commands, tmp_path: Path) -> None:
-    script = tmp_path / "cli.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(DRIVER.parent)!r})\n"
-        "from selfevo import arms, cli\n"
-        f"arms.Commands.__init__.__defaults__ = (({sys.executable!r}, "
-        f"{str(DRIVER.with_name('selfevo_double.py'))!r}, 'train'), "
-        f"({sys.executable!r}, {str(DRIVER.with_name('selfevo_double.py'))!r}, 'evaluate'), "
-        "*arms.Commands.__init__.__defaults__[2:3], False)\n"
-        f"sys.argv = ['selfevo', 'run', {str(lab)!r}, '--agent', 'rules']\n"
-        "cli.main()\n"
-    )
+def test_sigterm_saves_and_resume_goes_on(lab: Path, commands: Commands) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(DRIVER), "cli", "run", str(lab), "--agent", "rules"],
         stderr=subprocess.PIPE,
         env={**os.environ, "DOUBLE_STEP_S": "0.3"},
     )
