@@ -52,7 +52,8 @@ class Measured:
 class Plan:
     """What a campaign would do. Effects in percentile points, times in hours.
 
-    `most` counts a confirmation, and new control runs, after every round; `least` none.
+    Spans are (least, most): most with a confirmation in every round and new control runs in every
+    round but the first, least with neither.
     smallest_first, smallest_last: the gate's smallest detectable effect in the first and in the
     last round; blind_rounds: rounds at the start in which it is above `LARGEST_GAIN`; false_keep:
     share of simulated campaigns without any better change that keep one.
@@ -130,8 +131,9 @@ def make(
     budget, rules = config.budget, config.gate
     seeds, rounds = evaluation.train_seeds, config.rounds
     least = seeds * (1 + rounds)
-    extra = 2 * rules.confirm_seeds + (seeds if rules.parent == "incumbent" else 0)
-    jobs = (least, least + rounds * extra)
+    # from round 2 on the control may be trained again: for fresh seeds beside an edit that is
+    # repeated, or from the kept checkpoint (`gate.parent: incumbent`)
+    jobs = (least, least + rounds * 2 * rules.confirm_seeds + (rounds - 1) * seeds)
     per_train = budget.steps * budget.scripts_per_step
     per_eval = evaluation.samples * competitions
     train_s = _job_seconds(past.train_s, TRAIN_S, TRAIN_START_S, per_train)

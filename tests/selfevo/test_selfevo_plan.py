@@ -64,7 +64,7 @@ def test_more_seeds_see_smaller_effects_and_cost_more() -> None:
     assert five.smallest_first < two.smallest_first and five.wall_hours[0] > two.wall_hours[0]
     assert two.smallest_last < two.smallest_first and two.problems == []
     confirmed = planned(config(gate={"confirm_seeds": 3}))
-    assert confirmed.train_jobs == (6, 6 + 2 * 2 * 3)
+    assert confirmed.train_jobs == (6, 6 + 2 * 2 * 3 + 2)
     assert confirmed.wall_hours[1] > confirmed.wall_hours[0]
     assert planned(config(), gpus=1).gpu_hours == pytest.approx(two.wall_hours, abs=0.01)
 
@@ -111,7 +111,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     done = selfevo("--json", "--rounds", "3", "--seeds", "4")
     told = json.loads(done.stdout)
-    assert done.returncode == 0 and told["ok"] and told["train_jobs"] == [16, 16]
+    assert done.returncode == 0 and told["ok"] and told["train_jobs"] == [16, 24]
     settings = lab / "selfevo.yaml"
     settings.write_text(settings.read_text().replace("job_wall_s: 900", "job_wall_s: 9"))
     repo.commit(["selfevo.yaml"], "short", worktree=lab)
