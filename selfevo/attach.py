@@ -104,16 +104,10 @@ def _change(run: Translated, finding: Finding, suggestion: Suggestion) -> Change
     key = run.setting(suggestion.config_key)
     if key is None:
         return None
+    why = f"{finding.name}: {finding.evidence}"
     before = run.history.config.get(key)
     if isinstance(before, bool) or not isinstance(before, int | float):
-        return Change(
-            key,
-            suggestion.direction,
-            None,
-            None,
-            finding.name,
-            f"{finding.name}: {finding.evidence}",
-        )
+        return Change(key, suggestion.direction, None, None, finding.name, why)
     factor = FACTORS.get(suggestion.config_key, FACTOR)
     if suggestion.config_key == "optim.lr" and finding.severity == "critical":
         factor = CRITICAL_LR
@@ -123,7 +117,6 @@ def _change(run: Translated, finding: Finding, suggestion: Suggestion) -> Change
         after = max(0 if suggestion.config_key == "optim.warmup_steps" else 1, int(moved))
     if after == before:
         return None
-    why = f"{finding.name}: {finding.evidence}"
     return Change(key, suggestion.direction, before, after, finding.name, why)
 
 

@@ -70,7 +70,14 @@ class Finding:
 
 def detect(history: RunHistory) -> list[Finding]:
     """All findings, critical first, then in the order of the rules below."""
-    findings = [finding for rule in _RULES for finding in rule(history)]
+    return apply_rules(_RULES, history)
+
+
+def apply_rules(
+    rules: Sequence[Callable[[RunHistory], list[Finding]]], history: RunHistory
+) -> list[Finding]:
+    """What the rules find, critical first, then in their order."""
+    findings = [finding for rule in rules for finding in rule(history)]
     rank = {"critical": 0, "warning": 1, "info": 2}
     return sorted(findings, key=lambda finding: rank[finding.severity])  # stable
 
@@ -196,6 +203,13 @@ def _entropy(history: RunHistory) -> list[Finding]:
     if first > ENTROPY_HIGH:
         hint = Suggestion("rollout.temperature", "decrease")
         return [Finding("entropy_high", key, "warning", step, first, ENTROPY_HIGH, start, hint)]
+    return finding_of_entropy_trend(history)
+
+
+def finding_of_entropy_trend(history: RunHistory) -> list[Finding]:
+    """The last third far below or above the first."""
+    key = "policy/entropy"
+    points = finite(history, key)
     ends = thirds(points)
     if ends is None:
         return []
@@ -258,8 +272,12 @@ def _grad(history: RunHistory) -> list[Finding]:
     key = "policy/grad_norm"
     hint = Suggestion("optim.lr", "decrease")
     high = _peak(history, "grad_high", key, GRAD_HIGH, "warning", hint)
-    if high:
-        return high
+    return high or finding_of_grad_spike(history)
+
+
+def finding_of_grad_spike(history: RunHistory) -> list[Finding]:
+    """The largest norm against the run's median."""
+    key = "policy/grad_norm"
     points = finite(history, key)
     if len(points) < 4:
         return []
@@ -268,6 +286,7 @@ def _grad(history: RunHistory) -> list[Finding]:
     if typical <= 0 or value / typical < GRAD_SPIKE:
         return []
     evidence = f"{value:.3g} at step {step}, median {typical:.3g}"
+    hint = Suggestion("optim.lr", "decrease")
     return [
         Finding("grad_spike", key, "warning", step, value / typical, GRAD_SPIKE, evidence, hint)
     ]

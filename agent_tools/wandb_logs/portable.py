@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import median, stdev
+from dataclasses import replace
+from statistics import stdev
 
 from agent_tools.wandb_logs.detectors import (
-    ENTROPY_COLLAPSE,
-    ENTROPY_RISE,
-    GRAD_SPIKE,
     MISMATCH_HIGH,
     Finding,
     Point,
-    Severity,
     Suggestion,
+    apply_rules,
+    finding_of_entropy_trend,
+    finding_of_grad_spike,
     finding_of_level,
     finding_of_non_finite,
     finding_of_warming_up,
@@ -45,9 +45,7 @@ LOWER_LR = Suggestion("optim.lr", "decrease")
 
 def detect_portable(history: RunHistory) -> list[Finding]:
     """All findings, critical first, then in the order of the rules below."""
-    found = [finding for rule in _RULES for finding in rule(history)]
-    rank = {"critical": 0, "warning": 1, "info": 2}
-    return sorted(found, key=lambda finding: rank[finding.severity])  # stable
+    return apply_rules(_RULES, history)
 
 
 def _reward_falling(history: RunHistory) -> list[Finding]:
@@ -105,38 +103,9 @@ def _truncated(history: RunHistory) -> list[Finding]:
 
 
 def _entropy(history: RunHistory) -> list[Finding]:
-    key = "policy/entropy"
-    points = finite(history, key)
-    ends = thirds(points)
-    if ends is None or mean(ends[0]) <= 0:
-        return []
-    ratio, last = mean(ends[1]) / mean(ends[0]), points[-1][0]
-    evidence = f"{window(ends[0])}, then {window(ends[1])}"
-    if ratio < ENTROPY_COLLAPSE:
-        severity: Severity = "critical" if ratio < ENTROPY_GONE else "warning"
-        return [
-            Finding("entropy_collapse", key, severity, last, ratio, ENTROPY_COLLAPSE, evidence,
-                    LOWER_LR)
-        ]  # fmt: skip
-    if ratio > ENTROPY_RISE:
-        return [
-            Finding("entropy_rising", key, "warning", last, ratio, ENTROPY_RISE, evidence, LOWER_LR)
-        ]
-    return []
-
-
-def _grad_spike(history: RunHistory) -> list[Finding]:
-    key = "policy/grad_norm"
-    points = finite(history, key)
-    if len(points) < 4:
-        return []
-    typical = median(value for _, value in points)
-    step, value = max(points, key=lambda point: point[1])
-    if typical <= 0 or value / typical < GRAD_SPIKE:
-        return []
-    evidence = f"{value:.3g} at step {step}, median {typical:.3g}"
     return [
-        Finding("grad_spike", key, "warning", step, value / typical, GRAD_SPIKE, evidence, LOWER_LR)
+        replace(finding, severity="critical") if finding.value < ENTROPY_GONE else finding
+        for finding in finding_of_entropy_trend(history)
     ]
 
 
@@ -187,7 +156,7 @@ _RULES: tuple[Callable[[RunHistory], list[Finding]], ...] = (
     _kl_update,
     _truncated,
     _clip,
-    _grad_spike,
+    finding_of_grad_spike,
     finding_of_warming_up,
     _zero_groups,
     _mismatch,
