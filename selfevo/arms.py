@@ -54,7 +54,7 @@ class Commands:
         out: Path,
     ) -> tuple[str, ...]:
         """`arm` is the folder of `write_arm`; its sandbox settings are those of its training."""
-        sandbox = _parsed((arm / "train.yaml").read_text("utf-8"), TRAIN_CONFIG).get("sandbox")
+        sandbox = parsed((arm / "train.yaml").read_text("utf-8"), TRAIN_CONFIG).get("sandbox")
         sandbox = sandbox if isinstance(sandbox, dict) else {}
         return (
             *self.evaluate,
@@ -141,7 +141,7 @@ def run_config(
     name: str,
 ) -> str:
     """RUN.yaml of a training job: the arm's configuration under what the harness imposes."""
-    data = _parsed(train, TRAIN_CONFIG)
+    data = parsed(train, TRAIN_CONFIG)
     wandb = data.get("wandb") if isinstance(data.get("wandb"), dict) else {}
     imposed: dict[str, Any] = {
         "seed": seed,
@@ -160,7 +160,7 @@ def run_config(
 
 
 @lru_cache(maxsize=16)
-def _parsed(text: str, where: str) -> Mapping[str, Any]:
+def parsed(text: str, where: str) -> Mapping[str, Any]:
     """Configuration text as a mapping that nobody changes; YAML is slow, and texts recur."""
     return parse_yaml(text, where)
 
@@ -171,7 +171,7 @@ def budget_id(budget: BudgetSection) -> str:
 
 def allowed_budget(run_yaml: str) -> Budget:
     """What a job's RUN.yaml allows it to spend."""
-    budget = _parsed(run_yaml, "RUN.yaml")["budget"]
+    budget = parsed(run_yaml, "RUN.yaml")["budget"]
     return Budget(
         budget["steps"] * budget["scripts_per_step"],
         budget["tokens_per_script"],

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from agent_tools.config_text import parse_yaml
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo
 from agent_tools.launcher import Launcher
@@ -74,7 +73,6 @@ class Campaign:
     say: Say
     endpoint: Endpoint | None = None
     progress: dict[str, str] = field(default_factory=dict)
-    _values: tuple[str, dict[str, Any]] | None = None
     _lap: float = field(default_factory=time.monotonic)
 
     @property
@@ -179,10 +177,7 @@ class Campaign:
 
     def control_values(self) -> dict[str, Any]:
         """Dotted key → value of the control's configs/train.yaml."""
-        text = self.control_train()
-        if self._values is None or self._values[0] != text:
-            self._values = text, flatten(parse_yaml(text, TRAIN_CONFIG))
-        return dict(self._values[1])
+        return flatten(arms.parsed(self.control_train(), TRAIN_CONFIG))
 
     def control_train(self) -> str:
         return self.repo.read_file(self.view.control_commit, TRAIN_CONFIG)
