@@ -87,12 +87,12 @@ def measured(views: Sequence[tuple[CampaignView, dict[str, Any]]], budget_id: st
     groups: list[list[SeedScore]] = []
     for view, resolved in views:
         budget = resolved["lab"]["budget"]
-        scripts = {"train": budget["steps"] * budget["scripts_per_step"]}
+        per_train = budget["steps"] * budget["scripts_per_step"]
+        samples = {score.job: score.score.samples for score in view.scores.values()}
         for job in view.jobs.values():
             if job.state != "done" or job.ended <= job.started:
                 continue
-            score = next((s for s in view.scores.values() if s.job == job.id), None)
-            count = scripts["train"] if job.kind == "train" else score and score.score.samples
+            count = per_train if job.kind == "train" else samples.get(job.id)
             if count:
                 wall[job.kind].append((job.ended - job.started, count))
         # a destroyed policy scores 0 in every script, which tells nothing about the spread
@@ -144,6 +144,9 @@ def make(
     def hours(count: int) -> float:
         return (count * (train_s + eval_s) / parallel + agent_s) / 3600
 
+    def gpu_hours(count: int) -> float:
+        return round(gpus * count * (train_s + eval_s) / 3600, 3)
+
     sd = past.script_sd or SCRIPT_SD
     variance = max(past.seed_var or 0.0, sd**2 / per_eval)
     sources = {
@@ -160,9 +163,7 @@ def make(
         train_job_s=round(train_s, 1),
         eval_job_s=round(eval_s, 1),
         wall_hours=(round(hours(jobs[0]), 3), round(hours(jobs[1]), 3)),
-        gpu_hours=tuple(  # type: ignore[arg-type]
-            round(gpus * n * (train_s + eval_s) / 3600, 3) for n in jobs
-        ),
+        gpu_hours=(gpu_hours(jobs[0]), gpu_hours(jobs[1])),
         disk_gb=round(jobs[1] * CHECKPOINT_MB / 1000, 2),
         score_sd=round(math.sqrt(variance), 2),
         smallest_first=round(smallest_effect(variance, seeds, 0, rules.alpha, rounds), 1),
