@@ -1,10 +1,22 @@
 """Labs for the loop's tests."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from agent_tools.git_configs import LabRepo
 from selfevo.lab import init_lab
+
+
+def quiet(line: str) -> None:
+    """A listener that says nothing."""
+
+
+def git(lab: Path, *args: str) -> str:
+    """What git itself says in the lab, without the white space around it."""
+    return subprocess.run(
+        ["git", "-C", str(lab), *args], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def model_lab(path: Path) -> Path:

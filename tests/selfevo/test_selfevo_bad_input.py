@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
-from selfevo_lab import point_at
+from selfevo_lab import point_at, quiet
 
 from agent_tools.config_text import ConfigError
 from agent_tools.errors import InfraError, UserError
@@ -31,10 +31,6 @@ from selfevo.summary import next_commands
 PASS = call_message("abstain", {"why": "healthy"})
 EDIT = {"key": "optim.lr", "direction": "decrease", "why": "x"}
 SHAPES: list[Any] = ["abc", {"a": 1}, ["abc"], [None], [{"id": 1}], [{"id": 1, "function": "f"}]]
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def calling(arguments: str) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from selfevo_lab import point_at
+from selfevo_lab import git, point_at, quiet
 
 from agent_tools.config_text import ConfigError
 from agent_tools.errors import UserError
@@ -20,16 +19,6 @@ from selfevo.config import load_lab_config
 from selfevo.gate import FRESH, SeedScore, confirm
 from selfevo.store import read_events
 from selfevo.text import time_rows
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def git(lab: Path, *args: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(lab), *args], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def arm(*scores: float, infra: int = 0) -> list[SeedScore]:

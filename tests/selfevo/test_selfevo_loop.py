@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selfevo_lab import point_at
+from selfevo_lab import git, point_at, quiet
 
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo
@@ -25,16 +24,6 @@ from selfevo.store import read_blob, read_events
 EDIT = call_message("propose_edit", {"key": "optim.lr", "direction": "decrease", "why": "falls"})
 LOOK = call_message("run_digest", {"run": "control-s0"})
 PASS = call_message("abstain", {"why": "healthy"})
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def git(lab: Path, *args: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(lab), *args], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def kinds(folder: Path, kind: str) -> list[Event]:

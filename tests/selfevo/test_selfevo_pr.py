@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selfevo_lab import point_at
+from selfevo_lab import git, point_at, quiet
 
 from agent_tools.errors import UserError
 from selfevo import cli, loop, report
@@ -23,10 +22,6 @@ from selfevo.store import read_events
 EDIT = call_message("propose_edit", {"key": "optim.lr", "direction": "decrease", "why": "falls"})
 PASS = call_message("abstain", {"why": "healthy"})
 Run = Callable[..., tuple[int, str, str]]
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 @pytest.fixture
@@ -43,12 +38,6 @@ def selfevo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(ended.value.code or 0), shown.out, shown.err
 
     return run
-
-
-def git(lab: Path, *args: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(lab), *args], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def states(selfevo: Run, number: int, lab: Path) -> tuple[int, dict[str, str]]:
