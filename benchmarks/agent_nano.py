@@ -124,9 +124,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--checkpoint", default="model/checkpoints/nano")
+    parser.add_argument("--digests", type=Path, default=TEST_FILE, help="JSONL of packed digests")
     parser.add_argument("--limit", type=int, help="only the first N digests")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in TEST_FILE.read_text().splitlines()][: args.limit]
+    rows = [json.loads(line) for line in args.digests.read_text().splitlines()][: args.limit]
     rng = random.Random(0)
     other = {r["seed"]: rng.choice([o for o in rows if o["seed"] != r["seed"]]) for r in rows}
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +36,9 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 _CONFIG_FILE: Final = "tokenizer_config.json"
 _PIECE: Final = r"[ \n]?\S+|\s+(?!\S)|\s+"
 _MIN_VOCAB: Final = 256 + len(SPECIAL_TOKENS) + 10
+# System prompts, tool lists and markup come again and again, so their ids are kept.
+KEPT_TEXTS: Final = 1024
+LONGEST_KEPT: Final = 8192
 _DIGITS: Final = "".join(f" {digit}" for digit in range(10))
 
 
@@ -96,8 +99,17 @@ class Tokenizer:
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
         """Ids of `text`; nothing is added. `specials=False` reads special tokens' text as text."""
+        if len(text) > LONGEST_KEPT:
+            return self._ids_of(text, specials)
+        return list(self._kept(text, specials))
+
+    def _ids_of(self, text: str, specials: bool) -> list[int]:
         view = self._with_specials if specials else self._plain
         return list(view.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _kept(self) -> Callable[[str, bool], tuple[int, ...]]:
+        return lru_cache(KEPT_TEXTS)(lambda text, specials: tuple(self._ids_of(text, specials)))
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""

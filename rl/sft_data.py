@@ -10,12 +10,12 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,13 @@ from rl.envs.mle.grammar import invented_facts, sample_script
 from rl.envs.mle.prompts import Scaffold, task_messages
 from rl.errors import ConfigError
 from rl.sft_config import PolicySource
-from rl.splits import refuse_held_out_text
+from rl.splits import held_out_ids, refuse_held_out_text
 from rl.types import Message
 
 Ids = NDArray[np.int32]
 CHUNK = 500
+
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,17 @@ def join(parts: Sequence[Examples]) -> Examples:
         start,
         np.concatenate([part.prompt for part in parts]),
     )
+
+
+def in_processes(make: Callable[[Job], Examples], jobs: Sequence[Job], workers: int) -> Examples:
+    """`make` of every job, joined in the order of `jobs`; 0 workers = one a core."""
+    workers = min(len(jobs), workers or os.cpu_count() or 1)
+    if workers <= 1:
+        return join([make(job) for job in jobs])
+    # spawn: a fork of a process that has started CUDA is not usable
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return join(list(pool.map(make, jobs)))
 
 
 # ------------------------------------------------------------------ policy scripts
@@ -162,13 +175,7 @@ def policy_examples(
         )
         for first in range(0, count, CHUNK)
     ]
-    workers = min(len(jobs), workers or os.cpu_count() or 1)
-    if workers <= 1:
-        return join([policy_chunk(job) for job in jobs])
-    # spawn: a fork of a process that has started CUDA is not usable
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return join(list(pool.map(policy_chunk, jobs)))
+    return in_processes(policy_chunk, jobs, workers)
 
 
 def policy_texts(
@@ -190,11 +197,12 @@ def read_dialogues(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; make the dialogues first")
     records = []
+    held_out = held_out_ids()
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            refuse_held_out_text(line, f"{path} line {number}")
+            refuse_held_out_text(line, f"{path} line {number}", held_out)
             try:
                 record = json.loads(line)
             except ValueError as error:
@@ -221,22 +229,52 @@ def dialogue_pairs(
             )
 
 
-def dialogue_examples(path: Path, tokenizer: Tokenizer, max_length: int) -> Examples:
-    """All assistant turns of a JSONL file; ConfigError if one is longer than `max_length`."""
+@dataclass(frozen=True)
+class DialogueJob:
+    """Some records of a JSONL file for a worker process; `first` is the number of the first."""
+
+    path: Path
+    first: int
+    records: Sequence[dict[str, Any]]
+    tokenizer_json: str
+    max_length: int
+
+
+def dialogue_chunk(job: DialogueJob) -> Examples:
+    """All trained assistant turns of the job's records; runs in a worker process."""
+    tokenizer = _tokenizer(job.tokenizer_json)
     pairs: list[tuple[list[int], list[int]]] = []
-    for number, record in enumerate(read_dialogues(path), 1):
+    for number, record in enumerate(job.records, job.first):
         try:
             found = list(dialogue_pairs(record, tokenizer))
         except ChatFormatError as error:
-            raise ConfigError(f"{path} record {number}: {error}") from error
+            raise ConfigError(f"{job.path} record {number}: {error}") from error
         for prompt, reply in found:
-            if len(prompt) + len(reply) > max_length:
+            if len(prompt) + len(reply) > job.max_length:
                 raise ConfigError(
-                    f"{path} record {number}: {len(prompt) + len(reply)} tokens, over max_length "
-                    f"{max_length}; shorten the dialogue or raise max_length"
+                    f"{job.path} record {number}: {len(prompt) + len(reply)} tokens, over "
+                    f"max_length {job.max_length}; shorten the dialogue or raise max_length"
                 )
         pairs += found
-    return pack(pairs, max_length)
+    return pack(pairs, job.max_length)
+
+
+def dialogue_examples(
+    path: Path, tokenizer: Tokenizer, max_length: int, workers: int = 1
+) -> Examples:
+    """All trained assistant turns of a JSONL file, tokenised by `workers` processes (0 = one a
+    core); ConfigError if one is longer than `max_length`."""
+    records = read_dialogues(path)
+    return in_processes(
+        dialogue_chunk,
+        [
+            DialogueJob(
+                path, first + 1, records[first : first + CHUNK], tokenizer.to_str(), max_length
+            )
+            for first in range(0, len(records), CHUNK)
+        ],
+        workers,
+    )
 
 
 def dialogue_texts(path: Path) -> Iterator[str]:

@@ -96,7 +96,7 @@ def prepare(
             train, fresh = sets
         else:
             train, fresh = _split(
-                dialogue_examples(Path(source.path), tokenizer, config.max_length),
+                dialogue_examples(Path(source.path), tokenizer, config.max_length, config.workers),
                 config.eval_examples,
             )
         if not len(train):

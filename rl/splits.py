@@ -43,9 +43,9 @@ def trainable_ids(suite_name: str, wanted: Iterable[str] = ()) -> tuple[str, ...
     return ids
 
 
-def refuse_held_out_text(text: str, where: str) -> None:
-    """Raise SplitError if a training text names a held-out competition."""
-    for competition in sorted(held_out_ids()):
+def refuse_held_out_text(text: str, where: str, held_out: Iterable[str]) -> None:
+    """Raise SplitError if a training text names a competition of `held_out`."""
+    for competition in sorted(held_out):
         if competition in text:
             raise SplitError(
                 f"{where} names the held-out competition {competition!r}; remove that record"

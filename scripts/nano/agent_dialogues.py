@@ -3,8 +3,9 @@
 Input: training examples of `benchmarks.agent_digests make --set train`. Every example becomes
 `--copies` dialogues: its metric rows are jittered by a few per cent, digested again, and put into
 the loop's own prompt (`selfevo.agent_prompts`) with a random round, list of runs and memory. The
-answer is the planted fault's repair, or an abstention for a healthy run. Output: one JSON object
-`{"messages": [...], "tools": [...]}` a line.
+answer is the planted fault's repair, or an abstention for a healthy run. The call that asks for the
+digest is always the same, so only `--opening-share` of the dialogues train on it. Output: one JSON
+object `{"messages": [...], "tools": [...]}` a line.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def memory_lines(rng: random.Random, round_: int, answer: Mapping[str, str] | No
     return lines[-4:]
 
 
-def dialogue(example: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
+def dialogue(
+    example: Mapping[str, Any], rng: random.Random, opening_share: float = 1.0
+) -> dict[str, Any]:
     """One supervised dialogue of one example."""
     fault = example["fault"]
     rounds = rng.choice([1, 2, 2, 3, 5, 10])
@@ -87,7 +90,10 @@ def dialogue(example: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
     history = RunHistory(
         rows=jitter(example["rows"], rng), config={}, state="done", source="wandb", warnings=[]
     )
-    messages += [call_message("run_digest", {"run": runs[0]}), tool_message(digest(history).text)]
+    opening = call_message("run_digest", {"run": runs[0]})
+    if rng.random() >= opening_share:
+        opening["no_loss"] = True
+    messages += [opening, tool_message(digest(history).text)]
     if fault is None:
         decision = call_message("abstain", {"why": rng.choice(HEALTHY_WHY)}, "call_1")
     else:
@@ -104,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("examples", type=Path, nargs="+")
     parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--opening-share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -111,7 +118,11 @@ def main() -> None:
         json.loads(line) for path in args.examples for line in path.read_text().splitlines()
     ]
     rng = random.Random(args.seed)
-    made = [dialogue(example, rng) for example in examples for _ in range(args.copies)]
+    made = [
+        dialogue(example, rng, args.opening_share)
+        for example in examples
+        for _ in range(args.copies)
+    ]
     rng.shuffle(made)
     with args.out.open("w") as sink:
         for record in made:

@@ -22,16 +22,25 @@ DRAWS = 10_000
 
 
 def run_all(commands: Sequence[tuple[list[str], Path]], limit_s: float) -> list[int]:
-    """Run commands at once, each into its own log; their exit codes (-9 past the limit)."""
+    """Run commands at once, each into its own log; their exit codes.
+
+    Past the limit a command gets SIGTERM, on which a training run saves and stops; -9 if that is
+    not enough.
+    """
     deadline = time.monotonic() + limit_s
     running = []
     for command, log in commands:
         log.parent.mkdir(parents=True, exist_ok=True)
         running.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT))
+    for process in running:
+        try:
+            process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
     codes = []
     for process in running:
         try:
-            codes.append(process.wait(max(1.0, deadline - time.monotonic())))
+            codes.append(process.wait(30))
         except subprocess.TimeoutExpired:
             process.kill()
             codes.append(process.wait())
@@ -79,8 +88,10 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--workers", type=int, default=4, help="sandbox workers a process")
+    parser.add_argument("--eval-workers", type=int, default=2, help="the same, while measuring")
     parser.add_argument("--sandbox", default="bubblewrap")
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="limit of training")
+    parser.add_argument("--eval-minutes", type=float, default=60, help="limit of measuring")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -120,10 +131,12 @@ def main() -> int:
         f"trained: {dict(zip(arms, trained, strict=True))} in {time.monotonic() - started:.0f} s",
         flush=True,
     )
+    made = {
+        f"{objective}-{seed}": args.out / f"{objective}-{seed}" / "checkpoints" / "latest"
+        for objective, seed in arms
+    }
     subjects = {"start": args.checkpoint} | {
-        f"{objective}-{seed}": str(args.out / f"{objective}-{seed}" / "checkpoints" / "latest")
-        for (objective, seed), code in zip(arms, trained, strict=True)
-        if code == 0
+        name: str(latest) for name, latest in made.items() if latest.exists()
     }
     jobs = [(name, split) for name in subjects for split in ("train", "val")]
     measured = run_all(
@@ -146,7 +159,7 @@ def main() -> int:
                     "--sandbox",
                     args.sandbox,
                     "--workers",
-                    "2",
+                    str(args.eval_workers),
                     "--device",
                     args.device,
                 ],
@@ -154,7 +167,7 @@ def main() -> int:
             )
             for name, split in jobs
         ],
-        60 * args.minutes,
+        60 * args.eval_minutes,
     )
     print(
         f"measured: {dict(zip(jobs, measured, strict=True))} after "
@@ -162,7 +175,11 @@ def main() -> int:
         flush=True,
     )
     summary: dict[str, Any] = {
-        "steps": args.steps,
+        "steps": {
+            name: int(latest.resolve().name.removeprefix("step-"))
+            for name, latest in made.items()
+            if latest.exists()
+        },
         "scripts_per_step": args.scripts,
         "samples": args.samples,
         "seeds": args.seeds,

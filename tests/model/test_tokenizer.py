@@ -45,6 +45,13 @@ def test_text_never_becomes_a_special_token(tokenizer: Tokenizer, text: str) -> 
     assert not special_ids & set(tokenizer.encode(text, specials=False))
 
 
+def test_kept_ids_are_not_shared_with_the_caller(tokenizer: Tokenizer) -> None:
+    first = tokenizer.encode("a <think> b")
+    first.append(0)
+    assert tokenizer.encode("a <think> b") == first[:-1]
+    assert tokenizer.encode("a <think> b", specials=False) != first[:-1]
+
+
 def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
     assert [tokenizer.token_id(token) for token in SPECIAL_TOKENS] == list(range(8))
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)

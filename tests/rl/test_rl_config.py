@@ -135,7 +135,7 @@ def test_train_ids_and_unknown_ids() -> None:
     with pytest.raises(ConfigError, match="nearest is 'diamonds-price'"):
         trainable_ids("offline-small-v0", ["diamond-prices"])
     with pytest.raises(SplitError, match="record 3"):
-        refuse_held_out_text("about vowel-speaker", "record 3")
+        refuse_held_out_text("about vowel-speaker", "record 3", held_out_ids())
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,25 @@ def test_dialogues_train_assistant_turns_only(tokenizer: Tokenizer, tmp_path: Pa
         dialogue_examples(path, tokenizer, 1024)
 
 
+def test_dialogues_are_the_same_from_two_processes(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl.sft_data.CHUNK", 2)
+    messages: list[dict[str, Any]] = DIALOGUE["messages"]  # type: ignore[assignment]
+    untrained = {**DIALOGUE, "messages": [*messages[:2], {**messages[2], "no_loss": True}]}
+    untrained["messages"] += messages[3:]
+    path = tmp_path / "d.jsonl"
+    records = [DIALOGUE, untrained, DIALOGUE, untrained, untrained]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = [dialogue_examples(path, tokenizer, 1024, workers) for workers in (1, 2)]
+    assert np.array_equal(made[0].flat, made[1].flat)
+    assert len(made[0]) == 2 * 2 + 3 * 1
+    long = {"messages": [{"role": "assistant", "content": "x " * 2000}]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, long]))
+    with pytest.raises(ConfigError, match="record 6"):
+        dialogue_examples(path, tokenizer, 1024, 2)
+
+
 @pytest.mark.parametrize("held_out", sorted(held_out_ids()))
 def test_dialogues_that_name_a_held_out_competition_are_refused(
     tokenizer: Tokenizer, tmp_path: Path, held_out: str
