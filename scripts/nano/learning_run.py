@@ -3,6 +3,7 @@
 Trains every (objective, seed) at the same time, then samples the start and each final checkpoint
 on the private tests of the train competitions and on val. The last checkpoint is the one measured:
 nothing is chosen by a score. Intervals: 95 % bootstrap over competitions' samples and over seeds.
+`--summarise samples.jsonl` computes the figures of a run again from its samples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,15 @@ def run_all(commands: Sequence[tuple[list[str], Path]], limit_s: float) -> list[
     return codes
 
 
-def percentiles(folder: Path) -> dict[str, list[float]]:
-    """Percentiles by competition of one evaluation, infrastructure errors left out."""
-    found: dict[str, list[float]] = {}
-    for line in (folder / "scores.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["status"] != "infra":
-            found.setdefault(row["competition"], []).append(row["percentile"])
-    return found
+def samples_of(folder: Path, policy: str, split: str) -> list[dict[str, Any]]:
+    """One evaluation's samples, infrastructure errors left out."""
+    rows = map(json.loads, (folder / "scores.jsonl").read_text().splitlines())
+    kept = ("competition", "index", "percentile", "valid", "any_medal")
+    return [
+        {"policy": policy, "split": split} | {key: row[key] for key in kept}
+        for row in rows
+        if row["status"] != "infra"
+    ]
 
 
 def mean_of(table: dict[str, list[float]]) -> float:
@@ -79,9 +81,34 @@ def interval(
     return point, rises[int(0.025 * DRAWS)], rises[int(0.975 * DRAWS)]
 
 
+def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean percentile of every policy, and the rise of every objective over the start.
+
+    `mean_percentile` by "policy split"; `rise` by "objective split": rise and its interval.
+    """
+    tables: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in samples:
+        table = tables.setdefault((row["policy"], row["split"]), {})
+        table.setdefault(row["competition"], []).append(row["percentile"])
+    rise: dict[str, list[float]] = {}
+    for objective in OBJECTIVES:
+        for split in ("train", "val"):
+            after = [
+                table
+                for (policy, of), table in sorted(tables.items())
+                if of == split and policy.rpartition("-")[0] == objective
+            ]
+            if after and ("start", split) in tables:
+                found = interval(tables["start", split], after)
+                rise[f"{objective} {split}"] = [round(x, 2) for x in found]
+    means = {f"{policy} {of}": round(mean_of(table), 2) for (policy, of), table in tables.items()}
+    return {"mean_percentile": means, "rise": rise}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder to write")
+    parser.add_argument("--summarise", type=Path, help="samples.jsonl of an earlier run")
     parser.add_argument("--checkpoint", default="nano")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--scripts", type=int, default=72)
@@ -94,6 +121,12 @@ def main() -> int:
     parser.add_argument("--eval-minutes", type=float, default=60, help="limit of measuring")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.summarise is not None:
+        lines = args.summarise.read_text().splitlines()
+        print(json.dumps(summarise([json.loads(line) for line in lines]), indent=2))
+        return 0
+    if args.out is None:
+        parser.error("--out is missing; name the folder to write")
     args.out.mkdir(parents=True, exist_ok=True)
     config = args.out / "run.yaml"
     config.write_text("{}\n")
@@ -174,36 +207,19 @@ def main() -> int:
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
-    summary: dict[str, Any] = {
-        "steps": {
-            name: int(latest.resolve().name.removeprefix("step-"))
-            for name, latest in made.items()
-            if latest.exists()
-        },
-        "scripts_per_step": args.scripts,
-        "samples": args.samples,
-        "seeds": args.seeds,
-        "mean_percentile": {},
-        "rise": {},
+    steps = {
+        name: int(latest.resolve().name.removeprefix("step-"))
+        for name, latest in made.items()
+        if latest.exists()
     }
-    scores = {
-        (name, split): percentiles(args.out / "evals" / f"{name}-{split}")
+    samples = [
+        sample
         for (name, split), code in zip(jobs, measured, strict=True)
         if code == 0
-    }
-    for (name, split), table in scores.items():
-        summary["mean_percentile"][f"{name} {split}"] = round(mean_of(table), 2)
-    for objective in OBJECTIVES:
-        for split in ("train", "val"):
-            after = [
-                scores[key]
-                for seed in args.seeds
-                if (key := (f"{objective}-{seed}", split)) in scores
-            ]
-            if after and ("start", split) in scores:
-                summary["rise"][f"{objective} {split}"] = [
-                    round(x, 2) for x in interval(scores["start", split], after)
-                ]
+        for sample in samples_of(args.out / "evals" / f"{name}-{split}", name, split)
+    ]
+    (args.out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    summary = {"steps": steps, "scripts_per_step": args.scripts} | summarise(samples)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
     return 0 if not any(trained) and not any(measured) else 1
