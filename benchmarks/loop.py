@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent_tools.errors import InfraError, UserError
-from agent_tools.git_configs import LabRepo
 from agent_tools.launcher import Job, JobSpec, JobStatus, LocalLauncher
 from benchmarks.common import ROOT, emit, report
 from selfevo import campaign, graph
@@ -120,15 +119,6 @@ def commands() -> InstantCommands:
     return InstantCommands(
         train=("train",), evaluate=("evaluate",), check_machine=False, launcher=InstantLauncher
     )
-
-
-def make_lab(path: Path) -> Path:
-    """A lab whose agent is a model; the scripted one takes its place."""
-    init_lab(path)
-    settings = path / "selfevo.yaml"
-    settings.write_text(settings.read_text().replace("kind: rules ", "kind: model "))
-    LabRepo(path).commit(["selfevo.yaml"], "Ask a model", worktree=path)
-    return path
 
 
 def quiet(line: str) -> None:
@@ -271,7 +261,8 @@ def recorded_round_seconds() -> float:
 
 
 def measure(rounds: int, workdir: Path) -> dict[str, Any]:
-    lab = make_lab(workdir / "lab")
+    lab = workdir / "lab"
+    init_lab(lab)
     folder = lab / "runs/c1"
     before = _tree_bytes(lab / ".git")
     killed = in_process(lab, rounds, kill_after=rounds // 2)

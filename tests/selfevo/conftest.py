@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from selfevo_driver import Sessions
-from selfevo_lab import model_lab
+from selfevo_lab import new_lab
 from selfevo_outcome import signature
 
 from selfevo.arms import Commands
@@ -28,7 +28,7 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
-    return model_lab(tmp_path / "lab")
+    return new_lab(tmp_path / "lab")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def commands() -> Commands:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The signature of the rules campaign on the template's lab, with nothing in its way."""
-    lab = model_lab(tmp_path_factory.mktemp("undisturbed") / "lab")
+    lab = new_lab(tmp_path_factory.mktemp("undisturbed") / "lab")
     with Sessions() as sessions:
         assert sessions.run(lab, "start") == 0, lab.with_suffix(".log").read_text()
     return signature(lab)

@@ -19,12 +19,9 @@ def git(lab: Path, *args: str) -> str:
     ).stdout.strip()
 
 
-def model_lab(path: Path) -> Path:
-    """A lab whose agent is a model; `point_at` says which."""
+def new_lab(path: Path) -> Path:
+    """A lab as `selfevo init` makes it: its agent is a model; `point_at` says which."""
     init_lab(path)
-    settings = path / "selfevo.yaml"
-    settings.write_text(settings.read_text().replace("kind: rules ", "kind: model "))
-    LabRepo(path).commit(["selfevo.yaml"], "ask a model", worktree=path)
     return path
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from tests.selfevo.selfevo_driver import Sessions
-from tests.selfevo.selfevo_lab import model_lab, point_at
+from tests.selfevo.selfevo_lab import new_lab, point_at
 from tests.selfevo.selfevo_outcome import git, signature, violations
 
 STEPS = 5
@@ -43,7 +43,7 @@ class Variant:
     fluke: bool
 
     def make(self, path: Path) -> Path:
-        lab = model_lab(path)
+        lab = new_lab(path)
         if self.fluke:
             (lab / "fluke").touch()
         if self.confirm:

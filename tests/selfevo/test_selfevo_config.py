@@ -22,7 +22,7 @@ SPACE = load_space((TEMPLATE / "search_space.yaml").read_text())
 
 def test_template_is_valid_and_its_run_has_every_key() -> None:
     files = read_lab(TEMPLATE)
-    assert files.lab.agent.kind == "rules" and files.evaluation.train_seeds == 2
+    assert files.lab.agent.kind == "model" and files.evaluation.train_seeds == 2
 
 
 @pytest.mark.parametrize(

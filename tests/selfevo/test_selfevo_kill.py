@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from selfevo_driver import Sessions
-from selfevo_lab import model_lab, point_at
+from selfevo_lab import new_lab, point_at
 from selfevo_outcome import signature
 
 from agent_tools.errors import UserError
@@ -36,7 +36,7 @@ def drive(lab: Path, action: str, *point: str, **env: str) -> subprocess.Popen[b
 
 def reverting_lab(path: Path) -> Path:
     """A lab whose first kept change fails its confirmation: every kind of act in one round."""
-    model_lab(path)
+    new_lab(path)
     (path / "fluke").touch()
     point_at(path, "auto", confirm_seeds="2")
     return path

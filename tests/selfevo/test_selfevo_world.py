@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from selfevo_driver import Sessions
-from selfevo_lab import model_lab
+from selfevo_lab import new_lab
 from selfevo_outcome import signature
 
 from agent_tools.errors import InfraError
@@ -169,7 +169,7 @@ def test_a_full_disk_ends_with_exit_5_and_resume_goes_on(
     tmp_path: Path, small_disk: Path | None, undisturbed: dict[str, Any]
 ) -> None:
     """The disk (else, for ordinary users, the largest file) leaves room for less and less of it."""
-    lab = model_lab((small_disk or tmp_path) / "lab")
+    lab = new_lab((small_disk or tmp_path) / "lab")
     filler = lab.parent / "filler"
     log = tmp_path / "log"
     action = "start"
