@@ -13,7 +13,7 @@ from model.transformer import Transformer
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: needs a CUDA device"),
 ]
 
 
