@@ -29,7 +29,8 @@ STORE = "tests/selfevo/test_selfevo_store.py::"
 GRADING = "tests/agent_tools/test_mle_grading.py::"
 LAUNCHER = "tests/agent_tools/test_launcher.py::"
 LOGS = "tests/agent_tools/test_wandb_logs.py::"
-HOSTILE = "tests/agent_tools/test_sandbox_hostile.py::"
+CONFORMANCE = "tests/agent_tools/test_sandbox_conformance.py::"
+ROOMS = "tests/agent_tools/test_sandbox_rooms.py::"
 PARTS = "tests/agent_tools/test_sandbox_parts.py::"
 GIT = "tests/agent_tools/test_git_configs.py::"
 
@@ -240,13 +241,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "sandbox-follows-links",
-        "agent_tools/sandbox/inside/worker.py",
-        "        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC",
-        "        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
-        (
-            f"{HOSTILE}test_output_must_be_an_ordinary_file"
-            "[os.symlink('train.csv', 'submission.csv')-link]",
-        ),
+        "agent_tools/sandbox/guest/runner.py",
+        "    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC",
+        "    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
+        (f"{CONFORMANCE}test_bubblewrap[cold-output-link-inside]",),
     ),
     Mutant(
         "sandbox-allows-sockets",
@@ -254,6 +252,27 @@ MUTANTS: tuple[Mutant, ...] = (
         '    "socket": 41, "connect": 42,',
         '    "connect": 42,',
         (f"{PARTS}test_filter_decides_by_number_and_argument[x86_64]",),
+    ),
+    Mutant(
+        "sandbox-shares-the-network",
+        "agent_tools/sandbox/guest/rooms.py",
+        '    "net": kernel.CLONE_NEWNET,\n',
+        "",
+        (f"{ROOMS}test_every_script_has_namespaces_of_its_own",),
+    ),
+    Mutant(
+        "sandbox-marks-devices",
+        "agent_tools/sandbox/guest/rooms.py",
+        "        _seal_devices()\n",
+        "",
+        (f"{ROOMS}test_nothing_but_its_own_folders_takes_a_mark",),
+    ),
+    Mutant(
+        "sandbox-blames-the-script",
+        "agent_tools/sandbox/guest/runner.py",
+        "        if not begun:\n",
+        "        if False:\n",
+        (f"{ROOMS}test_script_that_cannot_begin_is_the_sandboxs_failure",),
     ),
     Mutant(
         "git-hooks-run",

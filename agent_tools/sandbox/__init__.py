@@ -1,11 +1,13 @@
-"""Run untrusted Python scripts: warm workers, isolated, with limits on everything.
+"""Run untrusted scripts, isolated, with limits on everything.
 
 with make_pool("bubblewrap", workers=2) as pool:
     results = pool.run([ScriptJob(code=text, inputs=folder)])
 """
 
+from agent_tools.sandbox.isolation import missing_protections, require_full
 from agent_tools.sandbox.pool import WarmPool, make_pool
 from agent_tools.sandbox.types import (
+    POOL_KINDS,
     Limits,
     PoolKind,
     SandboxError,
@@ -16,6 +18,7 @@ from agent_tools.sandbox.types import (
 )
 
 __all__ = [
+    "POOL_KINDS",
     "Limits",
     "PoolKind",
     "SandboxError",
@@ -25,4 +28,6 @@ __all__ = [
     "Status",
     "WarmPool",
     "make_pool",
+    "missing_protections",
+    "require_full",
 ]

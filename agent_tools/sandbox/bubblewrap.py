@@ -7,85 +7,52 @@ a `bwrap` run by root stays uid 0 outside, whatever --uid says.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import shutil
 import socket
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 from agent_tools.errors import InfraError
 from agent_tools.sandbox import seccomp
-from agent_tools.sandbox.cgroups import find_hierarchies, make_cgroup, sweep_stale
+from agent_tools.sandbox.cgroups import (
+    Cgroup,
+    find_hierarchies,
+    make_cgroup,
+    missing_limits,
+    sweep_stale,
+)
 from agent_tools.sandbox.instance import (
     ENVIRONMENT,
     NOBODY,
-    Instance,
+    SCRATCH_BYTES,
+    WORK,
+    ProcessInstance,
     launch,
     maps_user,
     memory_file,
     worker_archive,
 )
+from agent_tools.sandbox.interpreter import inspect_python
 from agent_tools.sandbox.launch import STAGE
+from agent_tools.sandbox.types import Limits, Purpose
 
-WORK_BYTES = 512 << 20
-_SCRATCH_BYTES = 128 << 20
-_WORK = "/sandbox/work"
-_ASK = """
-import json, os, sys, sysconfig
-print(json.dumps({
-    "prefix": sys.prefix, "base_prefix": sys.base_prefix,
-    "base_site": sysconfig.get_path("purelib", vars={"base": sys.base_prefix}),
-}))
-"""
 # Parts of /usr that hold packages or papers but nothing a script needs.
 _HIDDEN = ("/usr/local", "/usr/share", "/usr/src", "/usr/include", "/usr/lib/python3")
 
-
-@dataclass(frozen=True)
-class Interpreter:
-    """Folders that a Python needs, folders inside them to hide, and links on the way to it."""
-
-    executable: Path
-    folders: tuple[Path, ...]
-    hidden: tuple[Path, ...]
-    links: tuple[tuple[str, str], ...]
-
-
-def inspect_python(python: Path) -> Interpreter:
-    """Ask a Python where it lives. Raises InfraError if it does not run."""
-    try:
-        answer = subprocess.run(
-            [str(python), "-I", "-c", _ASK], capture_output=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise InfraError(f"script Python {python} does not run ({error}): run `make setup`") from (
-            error
-        )
-    facts = json.loads(answer.stdout)
-    prefix, base = Path(facts["prefix"]), Path(facts["base_prefix"])
-    folders = [folder for folder in dict.fromkeys((base, base.resolve(), prefix)) if folder]
-    folders = [folder for folder in folders if not folder.is_relative_to("/usr/bin")]
-    outside_usr = [f for f in folders if f != Path("/usr") and f != Path("/")]
-    hidden = []
-    if prefix != base:  # a virtual environment: the base's own packages stay out
-        hidden.append(Path(facts["base_site"]))
-    links: list[tuple[str, str]] = []
-    step = python
-    while step.is_symlink() and len(links) < 20:
-        target = str(step.readlink())
-        if not any(step.is_relative_to(folder) for folder in (*outside_usr, Path("/usr"))):
-            links.append((target, str(step)))
-        step = step.parent / target
-    return Interpreter(python, tuple(outside_usr), tuple(hidden), tuple(links))
+_SIZES = (0, 7)  # the first version that gives a tmpfs a size
 
 
 class BubblewrapSandbox:
-    """Starts workers in bubblewrap. Raises InfraError where the host refuses."""
+    """Starts workers in bubblewrap. Raises InfraError where the host refuses.
 
-    def __init__(self, python: Path) -> None:
+    cold     a worker serves one script and imports only what that needs
+    """
+
+    def __init__(self, python: Path, *, cold: bool = False) -> None:
         self._bwrap, self._version = _find_bwrap()
         if not seccomp.supported():
             raise InfraError(
@@ -93,51 +60,44 @@ class BubblewrapSandbox:
                 "use `sandbox: process` on a machine that you trust"
             )
         self._python = inspect_python(python)
-        self._hierarchies = find_hierarchies()
-        sweep_stale(self._hierarchies)
-        # Folders that lead to a Python below /tmp would stay writable there from script to script.
-        below_tmp = any(folder.is_relative_to("/tmp") for folder in self._python.folders)
-        self._temp = "/sandbox/tmp" if below_tmp else "/tmp"
-        self._missing: tuple[str, ...] = ()
+        self.once = cold
+        self.hierarchies = find_hierarchies()
+        sweep_stale(self.hierarchies)
+        self._temp = self._python.temp
+        self.missing: tuple[str, ...] = ()
 
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """What this host does not give; known once a worker has started."""
-        return self._missing
-
-    def start(self, slot: int) -> Instance:
+    def start(self, slot: int, limits: Limits, purpose: Purpose = "scripts") -> ProcessInstance:
         """Start one worker; it answers on its socket once it has imported everything."""
         root = os.geteuid() == 0 and maps_user(NOBODY)
-        cgroup = make_cgroup(slot, self._hierarchies)
-        if cgroup is None:
-            self._missing = (
-                "no control group: memory, processes and CPU are limited by rlimits and polling "
-                "(run as root, or delegate a cgroup to this user)",
-            )
+        rooms = not self.once
+        cgroup = make_cgroup(slot, self.hierarchies)
+        self.missing = self._lacks(cgroup, rooms)
         folders = self._python.folders
         staged = {}
         if root and not all(_open_to_all(folder) for folder in folders):
             staged = {str(number): str(folder) for number, folder in enumerate(folders)}
         ours, theirs = socket.socketpair()
         code_fd = memory_file("worker", worker_archive())
-        filter_fd = memory_file("filter", seccomp.build_filter())
+        allow = seccomp.TEMPLATE_CALLS if rooms else frozenset[str]()
+        filter_fd = memory_file("filter", seccomp.build_filter(allow=allow))
         settings = {
-            "fd": theirs.fileno(),
-            "root": _WORK,
+            "line": theirs.fileno(),
+            "root": WORK,
             "scratch": [self._temp, "/dev/shm"],
-            "uid": None,
             "user_processes": _counts_users_by_namespace(),
-            "limited": True,
-            "filter": None,
+            "filter": base64.b64encode(seccomp.build_filter()).decode() if rooms else None,
+            "rooms": rooms,
+            "once": self.once,
+            "purpose": purpose,
         }
         argv = [
             self._bwrap,
-            *self._isolation(),
-            *self._files(staged),
+            *self._isolation(rooms),
+            *self._files(staged, limits.disk_mb << 20),
             *["--file", str(code_fd), "/worker.pyz"],
             *["--remount-ro", "/"],
             *["--seccomp", str(filter_fd)],
-            *["--chdir", _WORK, "--clearenv"],
+            *["--chdir", WORK, "--clearenv"],
             *[part for key, value in ENVIRONMENT.items() for part in ("--setenv", key, value)],
             *["--", str(self._python.executable), "-s", "-P", "/worker.pyz", json.dumps(settings)],
         ]
@@ -167,17 +127,30 @@ class BubblewrapSandbox:
             )
         return f"the bubblewrap worker did not start ({last}): run `make setup`, then try again"
 
-    def _isolation(self) -> list[str]:
+    def _lacks(self, cgroup: Cgroup | None, rooms: bool) -> tuple[str, ...]:
+        missing = list(missing_limits(cgroup))
+        if self._version < _SIZES and not rooms:
+            missing.append("no disk quota: install bubblewrap 0.7 or later")
+        return tuple(missing)
+
+    def _isolation(self, rooms: bool) -> list[str]:
         flags = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc"]
         flags += ["--unshare-uts", "--die-with-parent", "--new-session", "--as-pid-1"]
         flags += ["--cap-drop", "ALL", "--hostname", "sandbox"]
         if Path("/proc/self/ns/cgroup").exists():
             flags.append("--unshare-cgroup")
-        if self._version >= (0, 8):
+        if rooms:
+            # Rights over the sandbox's own namespaces, none over the host's. As any other user
+            # bwrap would put a second user namespace between the worker and those.
+            flags += ["--uid", "0", "--gid", "0"]
+            # To make and enter namespaces; the last, to map user 0 into a script's own.
+            for name in ("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SETFCAP"):
+                flags += ["--cap-add", name]
+        elif self._version >= (0, 8):
             flags.append("--disable-userns")
         return flags
 
-    def _files(self, staged: dict[str, str]) -> list[str]:
+    def _files(self, staged: dict[str, str], work_bytes: int) -> list[str]:
         flags = ["--ro-bind", "/usr", "/usr"]
         for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
             if Path(name).is_symlink():
@@ -186,9 +159,10 @@ class BubblewrapSandbox:
                 flags += ["--ro-bind", name, name]
         flags += ["--ro-bind-try", "/nix/store", "/nix/store"]
         flags += ["--proc", "/proc", "--dev", "/dev"]
-        flags += [*self._tmpfs("/dev/shm", _SCRATCH_BYTES), "--remount-ro", "/dev"]
-        flags += self._tmpfs(self._temp, _SCRATCH_BYTES)
-        flags += self._tmpfs(_WORK, WORK_BYTES)
+        flags += [*self._tmpfs("/dev/shm", SCRATCH_BYTES), "--remount-ro", "/dev"]
+        flags += ["--remount-ro", "/dev/pts"]  # a mount of its own
+        flags += self._tmpfs(self._temp, SCRATCH_BYTES)
+        flags += self._tmpfs(WORK, work_bytes)
         for name in ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime"):
             flags += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         folders = self._python.folders
@@ -208,7 +182,7 @@ class BubblewrapSandbox:
         return flags
 
     def _tmpfs(self, path: str, size: int) -> list[str]:
-        sized = ["--size", str(size)] if self._version >= (0, 7) else []
+        sized = ["--size", str(size)] if self._version >= _SIZES else []
         return [*sized, "--tmpfs", path]
 
     def _hide(self, paths: list[Path]) -> list[str]:

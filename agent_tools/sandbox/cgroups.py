@@ -1,4 +1,4 @@
-"""One control group a worker: memory, processes, CPU. Version 1 and version 2.
+"""Control groups for workers and scripts: memory, processes, CPU. Version 1 and version 2.
 
 Version 1 has a tree for each controller, version 2 one tree. Where the host lets us make no
 group (an ordinary user without delegation, a read-only /sys), `make_cgroup` returns None and
@@ -20,6 +20,7 @@ _CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 _CPU_PERIOD_US = 100_000
 # A worker's script may be one busy thread, plus the worker that reads its output.
 _CPU_SHARE = 1.25
+_HELD_OTHERWISE = "memory, processes and CPU are held by rlimits and polling only"
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,34 @@ class Cgroup:
         """Files into which a process writes "0" to join."""
         return [str(path / "cgroup.procs") for path in dict.fromkeys(self._paths.values())]
 
+    def open_procs(self) -> list[int]:
+        """Those files, opened for writing: a descriptor lets a process join that could not open
+        the file itself (the kernel asks who opened it). The caller closes them."""
+        return [os.open(name, os.O_WRONLY | os.O_CLOEXEC) for name in self.procs_files]
+
     def set_limits(self, *, memory_bytes: int, tasks: int) -> None:
         """Limit memory (tmpfs counts) and the number of processes and threads."""
-        self._write(self._limit_file("memory"), str(memory_bytes))
         self._write(self._limit_file("pids"), str(tasks))
+        memory = (self._limit_file("memory"), str(memory_bytes))
+        # Swap is memory too; version 1 counts both together.
+        swap = (self._swap_file, str(memory_bytes) if self.version == 1 else "0")
+        steps = [memory, *([swap] if self.limits_swap else [])]
+        try:
+            for path, text in steps:
+                self._write(path, text)
+        except OSError:  # version 1 keeps memory below memory with swap: a rise goes the other way
+            for path, text in reversed(steps):
+                self._write(path, text)
+
+    @property
+    def limits_swap(self) -> bool:
+        """Whether the kernel counts swap for the group."""
+        return self._swap_file.exists()
+
+    @property
+    def _swap_file(self) -> Path:
+        name = "memory.memsw.limit_in_bytes" if self.version == 1 else "memory.swap.max"
+        return self._paths["memory"] / name
 
     def memory_bytes(self) -> int:
         """What the group holds now."""
@@ -128,16 +153,15 @@ class Cgroup:
         """Kill what is left in the group and remove it."""
         for path in dict.fromkeys(self._paths.values()):
             give_up = time.monotonic() + 2
-            while path.exists():
+            # Mostly it is empty already, and to ask for its processes costs more than to remove it.
+            while not _removed(path) and time.monotonic() < give_up:
                 with contextlib.suppress(OSError):
+                    if (path / "cgroup.kill").exists():
+                        (path / "cgroup.kill").write_text("1")
                     for pid in (path / "cgroup.procs").read_text().split():
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(int(pid), signal.SIGKILL)
-                try:
-                    path.rmdir()
-                except OSError:
-                    if time.monotonic() > give_up:
-                        break
+                if not _removed(path):
                     time.sleep(0.01)
 
     def _limit_file(self, controller: str) -> Path:
@@ -160,6 +184,16 @@ class Cgroup:
             self._written[path] = text
 
 
+def _removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # processes are in it
+        return False
+    return True
+
+
 def _enable_controllers(folder: Path) -> None:
     """Give children of a version 2 group the controllers that the group itself has."""
     have = (folder / "cgroup.controllers").read_text().split()
@@ -176,6 +210,21 @@ def make_cgroup(slot: int, hierarchies: tuple[Hierarchy, ...] | None = None) -> 
         with contextlib.suppress(OSError):
             return Cgroup(hierarchy, name)
     return None
+
+
+def missing_limits(group: Cgroup | None) -> tuple[str, ...]:
+    """What a worker in this group lacks, each with the repair for this user."""
+    if group is None:
+        repair = "run as root, or below `systemd-run --user --scope -p Delegate=yes`"
+        if os.geteuid() == 0:
+            repair = (
+                "mount /sys/fs/cgroup writable (of a container: `--privileged --cgroupns=host`)"
+            )
+        return (f"no control group, so {_HELD_OTHERWISE}: {repair}",)
+    swaps = Path("/proc/swaps")
+    if group.limits_swap or not swaps.exists() or len(swaps.read_text().splitlines()) < 2:
+        return ()
+    return ("no limit on swap: run `swapoff -a`, or boot the kernel with `swapaccount=1`",)
 
 
 def sweep_stale(hierarchies: tuple[Hierarchy, ...] | None = None) -> int:

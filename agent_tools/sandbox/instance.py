@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from agent_tools.sandbox.cgroups import Cgroup
+from agent_tools.sandbox.cgroups import Cgroup, Hierarchy
+from agent_tools.sandbox.link import Link, SocketLink
+from agent_tools.sandbox.types import Limits, Purpose
 
 _HERE = Path(__file__).parent
 NOBODY = 65534
+WORK, SCRATCH_BYTES = "/sandbox/work", 128 << 20
+_STOP_S = 5.0
 # One thread a script: BLAS and OpenMP pools are sized when their libraries load.
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -37,33 +41,51 @@ ENVIRONMENT = {
 }
 
 
-@dataclass
-class Instance:
-    """A worker's process, the owner's end of its socket, and what must be removed after it."""
+class Instance(Protocol):
+    """A started worker: its line, its control group if it has one, and its end."""
 
-    process: subprocess.Popen[bytes]
-    socket: socket.socket
-    log: IO[bytes]
-    cgroup: Cgroup | None
-    folder: Path | None
-    base_memory: int = 0
+    @property
+    def link(self) -> Link: ...
+
+    @property
+    def cgroup(self) -> Cgroup | None: ...
 
     def log_text(self) -> str:
         """What the worker and its launcher printed."""
+
+    def stop(self) -> None:
+        """End the worker and everything below it, and remove what was made for it."""
+
+    def gone(self, timeout_s: float) -> None:
+        """Wait until the worker has ended by itself, at most so long."""
+
+
+@dataclass
+class ProcessInstance:
+    """A worker below this process, and what must be removed after it."""
+
+    process: subprocess.Popen[bytes]
+    link: SocketLink
+    log: IO[bytes]
+    cgroup: Cgroup | None
+    folder: Path | None
+
+    def log_text(self) -> str:
         self.log.seek(0)
         return self.log.read(20_000).decode("utf-8", "replace").strip()
 
-    def stop(self, wait_s: float = 5.0) -> None:
-        """End the worker and everything below it, and remove its group and folder."""
-        self.socket.close()
-        if self.cgroup is None:
-            # The worker sees the closed socket and kills its script before it goes; killed
-            # at once, a worker without a process namespace would leave the script behind.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(wait_s)
-        self.process.kill()
+    def gone(self, timeout_s: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(wait_s)
+            self.process.wait(timeout_s)
+
+    def stop(self) -> None:
+        self.link.close()
+        if self.cgroup is None:
+            # The worker sees the closed line and kills its script before it goes; killed at
+            # once, a worker without a process namespace would leave the script behind.
+            self.gone(_STOP_S)
+        self.process.kill()
+        self.gone(_STOP_S)
         if self.cgroup is not None:
             self.cgroup.remove()
         if self.folder is not None:
@@ -75,9 +97,19 @@ class Sandbox(Protocol):
     """Starts workers of one kind."""
 
     @property
-    def missing(self) -> tuple[str, ...]: ...
+    def once(self) -> bool:
+        """Whether a worker serves one script only."""
 
-    def start(self, slot: int) -> Instance: ...
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Protections that this host does not give, with the repair, one line each."""
+
+    @property
+    def hierarchies(self) -> tuple[Hierarchy, ...]:
+        """Where control groups can be made for scripts."""
+
+    def start(self, slot: int, limits: Limits, purpose: Purpose = "scripts") -> Instance:
+        """Start a worker; it says on its line when it is ready."""
 
     def explain(self, log: str) -> str:
         """A one-line message with the next step, from what a worker printed when it failed."""
@@ -90,10 +122,10 @@ def launch(
     pass_fds: tuple[int, ...],
     cgroup: Cgroup | None,
     folder: Path | None,
-) -> Instance:
+) -> ProcessInstance:
     """Run `launch.py` with a plan. Call it from a thread that lives as long as the worker does:
     the kernel ends the worker when that thread ends."""
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by Instance.stop
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ProcessInstance.stop
     plan = {"cgroups": cgroup.procs_files if cgroup is not None else [], **plan}
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_HERE / "launch.py"), json.dumps(plan)],
@@ -105,19 +137,19 @@ def launch(
         cwd="/",
         start_new_session=True,
     )
-    return Instance(process, ours, log, cgroup, folder)
+    return ProcessInstance(process, SocketLink(ours), log, cgroup, folder)
 
 
 def worker_archive() -> bytes:
-    """The code of `inside/` as a runnable zip: none of ours is mounted in a sandbox."""
+    """The code of `guest/` as a runnable zip: none of ours is mounted in a sandbox."""
     buffer = io.BytesIO()
-    name = "agent_tools/sandbox/inside"
+    name = "agent_tools/sandbox/guest"
     with zipfile.ZipFile(buffer, "w") as archive:
         for package in ("agent_tools", "agent_tools/sandbox"):
             archive.writestr(f"{package}/__init__.py", "")
-        for path in sorted((_HERE / "inside").glob("*.py")):
+        for path in sorted((_HERE / "guest").glob("*.py")):
             archive.writestr(f"{name}/{path.name}", path.read_bytes())
-        start = "import sys\nfrom agent_tools.sandbox.inside.worker import main\n"
+        start = "import sys\nfrom agent_tools.sandbox.guest.worker import main\n"
         archive.writestr("__main__.py", start + "sys.exit(main(sys.argv[1]))\n")
     return buffer.getvalue()
 

@@ -1,6 +1,8 @@
-"""Workers without namespaces, for hosts that refuse them: another user (as root), rlimits, seccomp.
+"""Workers without namespaces, for hosts that refuse them: another user (as root), rlimits, seccomp
+and Landlock.
 
-Weaker than bubblewrap: a script can read what its user can read, and sees other processes.
+Weaker than bubblewrap: a script shares the host's view of files and processes. Landlock leaves it
+its own folder, its Python and the system's libraries; what it may still see are names and sizes.
 """
 
 from __future__ import annotations
@@ -15,12 +17,24 @@ from pathlib import Path
 
 from agent_tools.errors import InfraError
 from agent_tools.sandbox import seccomp
-from agent_tools.sandbox.cgroups import find_hierarchies, make_cgroup, sweep_stale
-from agent_tools.sandbox.instance import NOBODY, Instance, launch, maps_user, worker_archive
+from agent_tools.sandbox.cgroups import find_hierarchies, make_cgroup, missing_limits, sweep_stale
+from agent_tools.sandbox.instance import (
+    NOBODY,
+    ProcessInstance,
+    launch,
+    maps_user,
+    worker_archive,
+)
+from agent_tools.sandbox.types import Limits, Purpose
 
 _PREFIX = "selfevo-sandbox"
 # Numbers that no account has, one a worker, so that RLIMIT_NPROC and kill reach only its script.
 _FIRST_UID, _UIDS = 30_000, 30_000
+# What Landlock leaves readable besides the script's Python: the system's programs and libraries.
+_READABLE = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/proc",
+    "/sys", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives",
+)  # fmt: skip
 
 
 class ProcessSandbox:
@@ -35,27 +49,35 @@ class ProcessSandbox:
             raise InfraError(f"script Python {python} does not exist: run `make setup`")
         self._python = python
         self._isolated = isolated
-        self._hierarchies = find_hierarchies() if isolated else ()
+        self.once = False
+        self.hierarchies = find_hierarchies() if isolated else ()
         self._root = os.geteuid() == 0 and maps_user(NOBODY)
+        self._of_groups: tuple[str, ...] = ()
         self._own_uids = self._root and maps_user(_FIRST_UID + _UIDS)
         _sweep_folders()
-        sweep_stale(self._hierarchies)
+        sweep_stale(self.hierarchies)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """What this kind never gives, and what the host refuses."""
-        parts = ["no namespaces: scripts see the host's files and processes"]
+        parts = [
+            "no namespaces, so scripts see the host's processes, and no disk quota: "
+            "use the kind bubblewrap"
+        ]
         if not self._root:
-            parts.append("no other user: scripts run as this user")
+            parts.append("no other user, so scripts run as this one: run as root")
         if not self._isolated:
-            parts.append("no limits at all")
+            parts.append("no limits at all: leave out isolated=False")
         elif not seccomp.supported():
-            parts.append(f"no seccomp filter for the processor {os.uname().machine}")
-        return tuple(parts)
+            parts.append(
+                f"no seccomp filter for the processor {os.uname().machine}: use x86-64 or ARM64"
+            )
+        return (*parts, *(self._of_groups if self._isolated else ()))
 
-    def start(self, slot: int) -> Instance:
+    def start(self, slot: int, limits: Limits, purpose: Purpose = "scripts") -> ProcessInstance:
         """Start one worker with a folder of its own under the system's temporary folder."""
-        cgroup = make_cgroup(slot, self._hierarchies)
+        cgroup = make_cgroup(slot, self.hierarchies)
+        self._of_groups = missing_limits(cgroup)
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-"))
         uid = None
         if self._root and self._isolated:
@@ -71,13 +93,15 @@ class ProcessSandbox:
         filtered = self._isolated and seccomp.supported()
         program = seccomp.build_filter(deny_kill_all=True) if filtered else b""
         settings = {
-            "fd": theirs.fileno(),
+            "line": theirs.fileno(),
             "root": str(folder / "work"),
             "scratch": [str(folder / "tmp")],
             "uid": uid,
             "user_processes": self._own_uids,
             "limited": self._isolated,
             "filter": base64.b64encode(program).decode() if filtered else None,
+            "purpose": purpose,
+            "readable": _READABLE if self._isolated else None,
         }
         argv = [str(self._python), "-s", "-P", str(archive), json.dumps(settings)]
         try:

@@ -9,6 +9,7 @@ Numbers: Linux `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-ge
 from __future__ import annotations
 
 import errno
+import json
 import platform
 import struct
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000
 @dataclass(frozen=True)
 class _Machine:
     audit_arch: int
+    engine_arch: str
     numbers: dict[str, int]
     has_x32: bool
 
@@ -94,10 +96,12 @@ _AARCH64 = {
 }  # fmt: skip
 
 _MACHINES = {
-    "x86_64": _Machine(0xC000003E, {**_COMMON, **_X86_64}, has_x32=True),
-    "aarch64": _Machine(0xC00000B7, {**_COMMON, **_AARCH64}, has_x32=False),
+    "x86_64": _Machine(0xC000003E, "SCMP_ARCH_X86_64", {**_COMMON, **_X86_64}, has_x32=True),
+    "aarch64": _Machine(0xC00000B7, "SCMP_ARCH_AARCH64", {**_COMMON, **_AARCH64}, has_x32=False),
 }
 
+# What a template needs to house its scripts; the scripts themselves get the whole filter on top.
+TEMPLATE_CALLS = frozenset({"unshare", "setns", "mount"})
 # Read by argument, hence not simply refused.
 _BY_ARGUMENT = ("clone", "clone3", "prlimit64", "kill")
 
@@ -113,11 +117,39 @@ def denied_calls(machine: str | None = None) -> dict[str, int]:
     return {name: number for name, number in numbers.items() if name not in _BY_ARGUMENT}
 
 
-def build_filter(machine: str | None = None, *, deny_kill_all: bool = False) -> bytes:
+def engine_profile(machine: str | None = None) -> str:
+    """The same filter as the JSON text that a container engine takes, for its own machine."""
+    chosen = machine or platform.machine()
+    deny = {"action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
+    rules: list[dict[str, object]] = [
+        {"names": sorted(denied_calls(chosen)), **deny},
+        {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+        {"names": ["prlimit64"], "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_NE"}], **deny},
+    ]
+    for bit in range(32):
+        if _NEW_NAMESPACES >> bit & 1:
+            flag = {"index": 0, "value": 1 << bit, "valueTwo": 1 << bit, "op": "SCMP_CMP_MASKED_EQ"}
+            rules.append({"names": ["clone"], "args": [flag], **deny})
+    return json.dumps(
+        {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": [_MACHINES[chosen].engine_arch],
+            "syscalls": rules,
+        }
+    )
+
+
+def build_filter(
+    machine: str | None = None,
+    *,
+    deny_kill_all: bool = False,
+    allow: frozenset[str] = frozenset(),
+) -> bytes:
     """The filter as an array of `struct sock_filter`, as bubblewrap's --seccomp reads it.
 
-    deny_kill_all also refuses kill(-1), which without a process namespace would reach every
-    process of the user. Raises KeyError for a machine that `supported` refuses.
+    `allow` names calls to leave out. deny_kill_all also refuses kill(-1), which without a process
+    namespace would reach every process of the user. Raises KeyError for a machine that
+    `supported` refuses.
     """
     chosen = _MACHINES[machine or platform.machine()]
     numbers = chosen.numbers
@@ -136,9 +168,10 @@ def build_filter(machine: str | None = None, *, deny_kill_all: bool = False) -> 
         op(_RET, _KILL)
     op(_JEQ, numbers["clone3"], 0, 1)
     op(_RET, _ERRNO | errno.ENOSYS)
-    for number in denied_calls(machine).values():
-        op(_JEQ, number, 0, 1)
-        op(_RET, refuse)
+    for name, number in denied_calls(machine).items():
+        if name not in allow:
+            op(_JEQ, number, 0, 1)
+            op(_RET, refuse)
     # clone: no new namespaces
     op(_JEQ, numbers["clone"], 0, 3)
     op(_LOAD, _ARG0)

@@ -13,6 +13,9 @@ from agent_tools.errors import UserError
 
 Status = Literal["ok", "error", "timeout", "memory", "killed", "infra"]
 PoolKind = Literal["bubblewrap", "process"]
+# What a worker is for: scripts, or showing what the host gives (it loads no packages).
+Purpose = Literal["scripts", "probe"]
+POOL_KINDS: tuple[PoolKind, ...] = ("bubblewrap", "process")
 
 
 class SandboxError(UserError):
@@ -28,6 +31,8 @@ class Limits:
     memory_mb      MiB on top of what the warm worker already holds
     file_mb        MiB a written file may reach
     processes      processes and threads at once
+    open_files     descriptors a process may hold
+    disk_mb        MiB that the script's folder may hold
     output_bytes   bytes kept of stdout and of stderr, each; the rest is read and thrown away
     """
 
@@ -36,12 +41,14 @@ class Limits:
     memory_mb: int = 1536
     file_mb: int = 64
     processes: int = 32
+    open_files: int = 256
+    disk_mb: int = 512
     output_bytes: int = 20_000
 
     def __post_init__(self) -> None:
-        for name in ("cpu_seconds", "memory_mb", "file_mb", "processes", "output_bytes"):
-            if not getattr(self, name) > 0:
-                raise SandboxError(f"sandbox limit {name} = {getattr(self, name)}: must be above 0")
+        for name, value in vars(self).items():
+            if name != "wall_seconds" and not value > 0:
+                raise SandboxError(f"sandbox limit {name} = {value}: must be above 0")
         if self.wall_seconds is not None and not self.wall_seconds > 0:
             raise SandboxError(f"sandbox limit wall_seconds = {self.wall_seconds}: must be above 0")
 
@@ -99,7 +106,7 @@ class ScriptResult:
 
 
 class ScriptPool(Protocol):
-    """A fixed number of warm workers. Results come in the order of the jobs."""
+    """A fixed number of workers. Results come in the order of the jobs."""
 
     @property
     def missing(self) -> tuple[str, ...]:

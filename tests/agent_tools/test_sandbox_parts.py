@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import struct
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from agent_tools.sandbox import seccomp
-from agent_tools.sandbox.cgroups import Hierarchy, find_hierarchies, make_cgroup
+from agent_tools.sandbox.cgroups import (
+    Cgroup,
+    Hierarchy,
+    find_hierarchies,
+    make_cgroup,
+    missing_limits,
+)
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
@@ -127,7 +134,7 @@ def test_version_2_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         if self.parent == home:
             raise OSError(errno.EBUSY, "a group with processes")
         real_mkdir(self, mode, parents, exist_ok)
-        for name in ("memory.max", "pids.max", "cpu.max", "cgroup.procs"):
+        for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max", "cgroup.procs"):
             (self / name).write_text("max")
         (self / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
         (self / "memory.current").write_text("4096\n")
@@ -140,10 +147,42 @@ def test_version_2_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     folder = Path(group.procs_files[0]).parent
     assert folder.parent == tmp_path
     assert (folder / "memory.max").read_text() == str(1 << 20)
+    assert (folder / "memory.swap.max").read_text() == "0"
     assert (folder / "pids.max").read_text() == "9"
     assert (folder / "cpu.max").read_text() == "125000 100000"
     assert "pids" in (tmp_path / "cgroup.subtree_control").read_text()
     assert (group.oom_kills(), group.memory_bytes(), group.cpu_s()) == (2, 4096, 1.5)
+
+
+def test_version_1_limits_rise_and_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel keeps memory at or below memory with swap; both orders of writing must work."""
+    written: list[str] = []
+    real_write = Path.write_text
+
+    def write(self: Path, text: str, *arguments: str | None) -> int:
+        if self.name == "memory.limit_in_bytes" and int(text) > int(
+            (self.parent / "memory.memsw.limit_in_bytes").read_text()
+        ):
+            raise OSError(errno.EINVAL, "memory would pass memory with swap")
+        written.append(self.name)
+        return real_write(self, text, *arguments)
+
+    def mkdir(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        os.makedirs(self, mode)  # noqa: PTH103 - the real one is replaced
+        for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "pids.max"):
+            real_write(self / name, str(1 << 40))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    folders = dict.fromkeys(("memory", "pids", "cpu", "cpuacct"), tmp_path)
+    group = make_cgroup(0, (Hierarchy(1, folders),))
+    assert group is not None
+    monkeypatch.setattr(Path, "write_text", write)
+    for size in (1 << 20, 4 << 20, 2 << 20):
+        group.set_limits(memory_bytes=size, tasks=4)
+        folder = Path(group.procs_files[0]).parent
+        limits = [(folder / f"memory.{kind}limit_in_bytes").read_text() for kind in ("", "memsw.")]
+        assert limits == [str(size)] * 2
+    assert "pids.max" in written
 
 
 def test_no_group_where_none_can_be_made(tmp_path: Path) -> None:
@@ -153,12 +192,97 @@ def test_no_group_where_none_can_be_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_limits_name_the_repair_for_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user, repair in ((1000, "systemd-run --user --scope"), (0, "mount /sys/fs/cgroup")):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        (told,) = missing_limits(None)
+        assert told.startswith("no control group") and repair in told
+    monkeypatch.setattr(Cgroup, "limits_swap", property(lambda _: False))
+    monkeypatch.setattr(Path, "read_text", lambda _: "Filename Type\n/swapfile file\n")
+    assert "swapoff" in missing_limits(object.__new__(Cgroup))[0]
+    monkeypatch.setattr(Path, "read_text", lambda _: "Filename Type\n")
+    assert missing_limits(object.__new__(Cgroup)) == ()
+
+
 def test_real_group_is_made_and_removed() -> None:
     group = make_cgroup(98)
     if group is None:
-        pytest.skip("this host lets us make no control group")
+        pytest.skip("cgroup: this host lets us make no control group")
     group.set_limits(memory_bytes=64 << 20, tasks=5)
     paths = [Path(name).parent for name in group.procs_files]
     assert all(path.is_dir() and f"-{os.getpid()}-98-" in path.name for path in paths)
     group.remove()
     assert not any(path.exists() for path in paths)
+
+
+def test_descriptor_lets_another_user_join() -> None:
+    """A room's processes join by descriptors that the owner opened, not by the files' names."""
+    group = make_cgroup(97)
+    if group is None or os.geteuid() != 0:
+        pytest.skip("cgroup: needs root and control groups")
+    fds = group.open_procs()
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            for fd in fds:
+                os.write(fd, b"0")
+            os.write(theirs, Path("/proc/self/cgroup").read_bytes())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    text = os.read(ours, 4096).decode()
+    os.waitpid(pid, 0)
+    for fd in (*fds, ours):
+        os.close(fd)
+    group.remove()
+    assert f"selfevo-{os.getpid()}-97-" in text
+
+
+def test_real_version_2_tree() -> None:
+    """Where the host mounts one: a group in it limits and kills, or is refused without a trace."""
+    trees = [h for h in find_hierarchies() if h.version == 2]
+    if not trees or os.geteuid() != 0:
+        pytest.skip("cgroup: this host mounts no version 2 tree, or we are not root")
+    folders = {folder for tree in trees for folder in tree.folders.values()}
+    before = {folder: {path.name for path in folder.iterdir()} for folder in folders}
+    group = make_cgroup(96, tuple(trees))
+    if group is None:  # a hybrid host: memory and pids are in version 1
+        assert not any(
+            {"memory", "pids"} <= set((folder / "cgroup.controllers").read_text().split())
+            for folder in folders
+        )
+    else:
+        group.set_limits(memory_bytes=64 << 20, tasks=5)
+        pid = os.fork()
+        if pid == 0:
+            Path(group.procs_files[0]).write_text("0")
+            os.execvp("sleep", ["sleep", "60"])
+        group.remove()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+    assert {folder: {path.name for path in folder.iterdir()} for folder in folders} == before
+
+
+def test_engine_profile_refuses_what_the_filter_refuses() -> None:
+    for machine in ARCH:
+        profile = json.loads(seccomp.engine_profile(machine))
+        assert profile["architectures"] == [f"SCMP_ARCH_{machine.upper()}"]
+        always = [rule for rule in profile["syscalls"] if "args" not in rule]
+        names = {name for rule in always for name in rule["names"]}
+        assert names == {*seccomp.denied_calls(machine), "clone3"}
+        assert {"io_uring_setup", "mount", "bpf", "keyctl", "socket", "ptrace"} <= names
+        assert {rule["action"] for rule in profile["syscalls"]} == {"SCMP_ACT_ERRNO"}
+        flags = [r["args"][0]["value"] for r in profile["syscalls"] if r["names"] == ["clone"]]
+        assert sorted(flags) == [0x20000, *(0x2000000 << n for n in range(6))]
+
+
+def test_template_filter_leaves_out_three_calls() -> None:
+    strict = seccomp.build_filter("x86_64")
+    loose = seccomp.build_filter("x86_64", allow=seccomp.TEMPLATE_CALLS)
+    for name, number in seccomp.denied_calls("x86_64").items():
+        expected = ALLOW if name in ("mount", "unshare", "setns") else EPERM
+        assert decide(loose, number, ARCH["x86_64"]) == expected, name
+        assert decide(strict, number, ARCH["x86_64"]) == EPERM, name

@@ -18,26 +18,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sandbox_support
+from sandbox_support import ORDINARY_UID, SYSTEM_PYTHON, as_user, needs_system_python
 
 from agent_tools.errors import InfraError
 from agent_tools.sandbox import Limits, SandboxError, ScriptJob, WarmPool, make_pool
 from agent_tools.sandbox.cgroups import find_hierarchies, sweep_stale
+from agent_tools.sandbox.workers import Worker
 
 KINDS = ("bubblewrap", "process")
 PATIENT = Limits(cpu_seconds=3, wall_seconds=30)
-ROOT = Path(__file__).resolve().parents[2]
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-SYSTEM_PYTHON = Path("/usr/bin/python3")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root: needs root")
 
 
 @pytest.fixture(scope="module")
 def plain_python() -> Iterator[Path]:
-    """A virtual environment without packages, below /tmp: its workers start at once."""
-    folder = Path(tempfile.mkdtemp(prefix="plain-python-"))
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    folder.chmod(0o755)  # as a clone has it: workers run as another user
-    yield folder / "bin" / "python"
-    shutil.rmtree(folder)
+    with sandbox_support.plain_python() as python:
+        yield python
 
 
 @pytest.fixture(params=KINDS)
@@ -108,8 +105,10 @@ def test_missing_inputs_and_wrong_arguments(pool: WarmPool, tmp_path: Path) -> N
         job("pass", tmp_path, "../x")
     with pytest.raises(SandboxError, match="cpu_seconds"):
         Limits(cpu_seconds=0)
-    with pytest.raises(SandboxError, match="kind 'docker'"):
-        make_pool("docker", 1, python=SYSTEM_PYTHON)  # type: ignore[arg-type]
+    with pytest.raises(SandboxError, match="kind 'podman': use 'bubblewrap', 'process'"):
+        make_pool("podman", 1, python=SYSTEM_PYTHON)  # type: ignore[arg-type]
+    with pytest.raises(SandboxError, match="no cold form"):
+        make_pool("process", 1, python=SYSTEM_PYTHON, cold=True)
     assert pool.run([job("print(1)", tmp_path)])[0].status == "ok"
 
 
@@ -140,8 +139,8 @@ def test_leftover_daemons_die_in_both_kinds(pool: WarmPool, tmp_path: Path) -> N
         os.wait()
     """
     assert {r.status for r in pool.run([job(code, tmp_path)] * 2)} == {"ok"}
-    # Two workers (and bubblewrap's own watcher each), nothing else.
-    assert len(sandbox_family()) <= 4
+    # Two workers (with bubblewrap's own watcher and a porter each), nothing else.
+    assert len(sandbox_family()) <= 6
 
 
 @as_root
@@ -158,9 +157,8 @@ def test_process_kind_runs_as_users_without_account(plain_python: Path, tmp_path
 
 def test_worker_that_dies_is_replaced(plain_python: Path, tmp_path: Path) -> None:
     with make_pool("bubblewrap", 1, python=plain_python) as made:
-        workers = [p for p in sandbox_family() if p.name().startswith("python")]
-        assert len(workers) == 1
-        workers[0].kill()
+        (worker,) = templates()
+        worker.kill()
         assert made.run([job("print(1)", tmp_path)])[0].stdout == "1\n"
         future = made.submit(job("import time; time.sleep(20)", tmp_path))
         for _ in range(2):  # it is tried once more, then given up as the script's doing
@@ -169,19 +167,39 @@ def test_worker_that_dies_is_replaced(plain_python: Path, tmp_path: Path) -> Non
         assert made.run([job("print(2)", tmp_path)])[0].stdout == "2\n"
 
 
+def test_fault_of_our_own_ends_its_job_and_not_the_pool(
+    plain_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_pool("bubblewrap", 1, python=plain_python) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "run", lambda *_: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                made.submit(job("print(1)", tmp_path)).result(30)
+        assert made.run([job("print(1)", tmp_path)])[0].stdout == "1\n"
+
+
+def templates() -> list[psutil.Process]:
+    """The workers themselves: bubblewrap's watcher is their parent."""
+    return [p for p in sandbox_family() if (p.parent() or p).name() == "bwrap" != p.name()]
+
+
 def kill_busy_worker() -> None:
-    """Wait for a worker that has a script below it, and kill the worker."""
-    give_up = time.monotonic() + 20
+    """Wait for a worker that has a script below it besides its porter, and kill the worker.
+
+    A child that stays is a script: what a worker forks while it starts is gone at once.
+    """
+    give_up = time.monotonic() + 60
+    seen: set[int] = set()
     while time.monotonic() < give_up:
-        for process in sandbox_family():
-            try:
-                if process.name().startswith("python") and process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in templates():
+                below = {child.pid for child in process.children()}
+                if len(below) > 1 and below == seen:
                     process.kill()
                     process.wait(5)
                     return
-            except psutil.NoSuchProcess:
-                continue
-        time.sleep(0.02)
+                seen = below
+        time.sleep(0.5)
     raise AssertionError("no busy worker")
 
 
@@ -194,7 +212,8 @@ def test_close_leaves_nothing(kind: str, plain_python: Path, tmp_path: Path) -> 
         slow = job("import time; time.sleep(60)", tmp_path, limits=Limits(30, 60))
         running = [made.submit(slow) for _ in range(2)]
         queued = made.submit(slow)
-        while not all(f.running() for f in running):
+        give_up = time.monotonic() + 30
+        while not all(f.running() for f in running) and time.monotonic() < give_up:
             time.sleep(0.01)
     assert [f.result(1).status for f in running] == ["killed"] * 2
     with pytest.raises(CancelledError):
@@ -228,7 +247,7 @@ def test_killed_owner_leaves_no_process(kind: str, plain_python: Path, tmp_path:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, kind, str(plain_python), str(tmp_path)],
         stdout=subprocess.PIPE,
-        cwd=ROOT,
+        cwd=sandbox_support.ROOT,
     )
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"ready\n"
@@ -281,17 +300,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def open_copy() -> Iterator[Path]:
-    """The package where any user can read it."""
-    folder = Path(tempfile.mkdtemp(prefix="open-copy-"))
-    folder.chmod(0o755)
-    (folder / "inputs").mkdir()
-    target = folder / "agent_tools"
-    shutil.copytree(ROOT / "agent_tools" / "sandbox", target / "sandbox")
-    for name in ("__init__.py", "errors.py", "paths.py"):
-        shutil.copy(ROOT / "agent_tools" / name, target / name)
-    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
-    yield folder
-    shutil.rmtree(folder)
+    with sandbox_support.open_copy() as folder:
+        yield folder
 
 
 def probe(folder: Path, *prefix: str, kinds: tuple[str, ...] = KINDS) -> dict[str, object]:
@@ -306,14 +316,9 @@ def probe(folder: Path, *prefix: str, kinds: tuple[str, ...] = KINDS) -> dict[st
     return answer
 
 
-needs_system_python = pytest.mark.skipif(
-    not SYSTEM_PYTHON.exists() or os.geteuid() != 0, reason="needs root and /usr/bin/python3"
-)
-
-
 @needs_system_python
 def test_ordinary_user(open_copy: Path) -> None:
-    found = probe(open_copy, "setpriv", "--reuid=41234", "--regid=41234", "--clear-groups")
+    found = probe(open_copy, *as_user())
     inside = [["ok", ""], ["timeout", ""], ["memory", ""]]
     for kind in KINDS:
         results = found[kind]
@@ -324,7 +329,7 @@ def test_ordinary_user(open_copy: Path) -> None:
         assert results[6][1] == "-1"
         # Without a process namespace kill(-1) would reach the user's whole session.
         assert results[7][0] == "error"
-    assert psutil_of_user(41234) == []
+    assert psutil_of_user(ORDINARY_UID) == []
 
 
 def psutil_of_user(uid: int) -> list[psutil.Process]:
@@ -335,7 +340,7 @@ def psutil_of_user(uid: int) -> list[psutil.Process]:
 def test_host_that_refuses_namespaces_is_named(open_copy: Path) -> None:
     no_caps = "setpriv --ambient-caps=-all --inh-caps=-all"
     refuse = f'echo 0 > /proc/sys/user/max_user_namespaces && exec {no_caps} "$@"'
-    user = ("setpriv", "--reuid=41235", "--regid=41235", "--clear-groups")
+    user = as_user(41_235)
     inner = ("unshare", "-U", "--map-current-user", "--keep-caps", "sh", "-c", refuse, "sh")
     found = probe(open_copy, *user, *inner, kinds=("bubblewrap",))
     message = found["bubblewrap"]

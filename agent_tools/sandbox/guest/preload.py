@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from agent_tools.sandbox.inside.script import PATH_FDS
+from agent_tools.sandbox.guest.script import PATH_FDS
 
 # What scripts of the suites import; importing here makes them free there.
 PRELOAD = (
@@ -58,20 +60,36 @@ def open_unreachable_path() -> None:
     sys.path_importer_cache.clear()
 
 
-def preload() -> dict[str, str]:
-    """Import what scripts use and run the usual calls once; versions of the main packages."""
-    for name in PRELOAD:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
+def preload() -> None:
+    """Import what scripts use and run the usual calls once."""
+    load(PRELOAD)
     if "sklearn.pipeline" in sys.modules:
         _warm_up()
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("threadpoolctl").threadpool_limits(1)
-    versions = {"python": sys.version.split()[0]}
-    for name in ("numpy", "pandas", "sklearn"):
-        if name in sys.modules:
-            versions[name] = str(sys.modules[name].__version__)
-    return versions
+
+
+def load(names: Iterable[str]) -> None:
+    """Import modules, those that exist; numerical libraries get one thread."""
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    if "numpy" in sys.modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("threadpoolctl").threadpool_limits(1)
+
+
+def imported(code: str) -> list[str]:
+    """Modules of PRELOAD that a script's import statements name, or [] where it does not parse."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    names: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in dict.fromkeys(names) if name in PRELOAD]
 
 
 def _warm_up() -> None:

@@ -1,20 +1,15 @@
-"""What the worker does to processes: watch, count, kill and reap them, and set their filters."""
+"""What the worker does to processes: watch, count, kill and reap them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 36, 38, 2
-_LIBC = ctypes.CDLL(None, use_errno=True)
 TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -23,37 +18,8 @@ class WorkerFault(Exception):
     """The worker can no longer promise a clean next script; its owner replaces it."""
 
 
-def _prctl(option: int, value: int, pointer: Any = 0) -> None:
-    if _LIBC.prctl(option, ctypes.c_ulong(value), pointer, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl {option}: {os.strerror(code)}")
-
-
-def install_filter(program: bytes) -> None:
-    """Install a seccomp filter (array of struct sock_filter) on this process, for good."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-
-    class _Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-    header = _Program(len(program) // 8, ctypes.addressof(buffer))
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(header))
-
-
-def set_dumpable(on: bool) -> None:
-    """Whether processes of the same user may open our memory and descriptors in /proc."""
-    _prctl(_PR_SET_DUMPABLE, int(on))
-
-
-def die_with_parent() -> None:
-    """Get SIGKILL when the parent ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, as process 1 does by itself."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+class NotBegunError(WorkerFault):
+    """A script could not be started: what failed is the sandbox and not the script."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +75,15 @@ def descendants() -> list[int]:
     return found
 
 
-def usage(shared_pages: int) -> Usage:
+def usage(shared_pages: int, skip: int = 0) -> Usage:
+    """What lives below this process, without the process `skip`.
+
+    `shared_pages` are taken off each one's resident pages: a fork shares them with its template.
+    """
     cpu_ticks, resident, tasks = 0, 0, 0
     for pid in descendants():
+        if pid == skip:
+            continue
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             cpu_ticks += sum(map(int, fields[11:15]))  # utime stime cutime cstime
@@ -120,19 +92,29 @@ def usage(shared_pages: int) -> Usage:
     return Usage(cpu_ticks / TICK, resident * _PAGE, tasks)
 
 
-def kill_all(script_uid: int | None) -> None:
-    """Kill and reap everything a script started, also what left its session."""
+def oom_kills() -> int:
+    """Processes of this container that the kernel killed for memory; 0 where it does not tell."""
+    for name in ("memory/memory.oom_control", "memory.events"):
+        with contextlib.suppress(OSError):
+            for line in Path("/sys/fs/cgroup", name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def kill_all(script_uid: int | None, keep: tuple[int, ...] = ()) -> None:
+    """Kill and reap everything below this process except `keep`, also what left its session."""
     give_up = time.monotonic() + 3
     while True:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        living = descendants()
+        living = [pid for pid in descendants() if pid not in keep]
         if not living:
             return
         if time.monotonic() > give_up:
             raise WorkerFault(f"processes {living[:5]} outlive SIGKILL")
-        if os.getpid() == 1:
+        if os.getpid() == 1 and not keep:
             # One call for the whole namespace: no fork can slip between two of them.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
