@@ -69,7 +69,7 @@ class BubblewrapSandbox:
     def start(self, slot: int, limits: Limits, purpose: Purpose = "scripts") -> ProcessInstance:
         """Start one worker; it answers on its socket once it has imported everything."""
         root = os.geteuid() == 0 and maps_user(NOBODY)
-        rooms = not self.once
+        rooms = not self.once and purpose != "shell"
         cgroup = make_cgroup(slot, self.hierarchies)
         self.missing = self._lacks(cgroup, rooms)
         folders = self._python.folders

@@ -76,6 +76,7 @@ class ProcessSandbox:
 
     def start(self, slot: int, limits: Limits, purpose: Purpose = "scripts") -> ProcessInstance:
         """Start one worker with a folder of its own under the system's temporary folder."""
+        assert purpose != "shell", "open_shell offers no shell of this kind"
         cgroup = make_cgroup(slot, self.hierarchies)
         self._of_groups = missing_limits(cgroup)
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-"))

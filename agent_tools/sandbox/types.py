@@ -13,8 +13,8 @@ from agent_tools.errors import UserError
 
 Status = Literal["ok", "error", "timeout", "memory", "killed", "infra"]
 PoolKind = Literal["bubblewrap", "process"]
-# What a worker is for: scripts, or showing what the host gives (it loads no packages).
-Purpose = Literal["scripts", "probe"]
+# What a worker is for: scripts, one shell, or showing what the host gives (it loads no packages).
+Purpose = Literal["scripts", "shell", "probe"]
 POOL_KINDS: tuple[PoolKind, ...] = ("bubblewrap", "process")
 
 
@@ -103,6 +103,25 @@ class ScriptResult:
         """The last non-empty line of stderr: for a Python error, the exception."""
         lines = [line for line in self.stderr.splitlines() if line.strip()]
         return lines[-1].strip() if lines else ""
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What became of one command of a shell.
+
+    status      ok · error (exit code above 0) · timeout · memory · killed · infra
+    exit_code   None where a limit was broken
+    state_kept  False where the shell itself ended: variables, the current folder and background
+                processes are gone, the work folder stays
+    """
+
+    status: Status
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    cpu_s: float
+    wall_s: float
+    state_kept: bool
 
 
 class ScriptPool(Protocol):

@@ -32,7 +32,7 @@ class Settings:
     """How this worker was started; the owner fills it.
 
     line            descriptor of the socket to the owner, or None: standard input and output
-    root            the folder of scripts
+    root            the folder of scripts, or the work folder of a shell
     scratch         other writable folders; the first becomes TMPDIR
     uid             user that scripts become, as root outside namespaces
     user_processes  whether the kernel counts this user's processes for the sandbox alone
@@ -41,7 +41,7 @@ class Settings:
     rooms           whether every script gets namespaces of its own
     once            whether this worker serves one script: it loads only what that imports
     readable        folders for Landlock to leave readable, or None for no Landlock
-    purpose         "scripts", or "probe": no packages, it only says what is missing
+    purpose         "scripts", "shell", or "probe": no packages, it only says what is missing
     """
 
     line: int | None

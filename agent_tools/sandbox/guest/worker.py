@@ -1,4 +1,4 @@
-"""The worker: serves scripts to the owner at the other end of its line.
+"""The worker: serves scripts or a shell to the owner at the other end of its line.
 
 A warm worker imports numpy, pandas and scikit-learn once, then forks for each script. It runs
 inside the sandbox and knows only the standard library and what it preloads. It trusts nothing
@@ -27,6 +27,7 @@ from agent_tools.sandbox.guest.processes import NotBegunError, WorkerFault
 from agent_tools.sandbox.guest.rooms import Rooms, try_room
 from agent_tools.sandbox.guest.runner import Runner, SharedHousing, open_outputs
 from agent_tools.sandbox.guest.script import Settings
+from agent_tools.sandbox.guest.shell import ShellServer
 from agent_tools.sandbox.guest.wire import Line, LineError, SocketLine, StreamLine
 
 SCRATCH_MB = 128
@@ -108,6 +109,14 @@ def _open_line(number: int | None) -> Line:
     return StreamLine(reading, writing)
 
 
+def _server(
+    settings: Settings, line: Line, rooms: Rooms | None, ruleset: int | None
+) -> ScriptServer | ShellServer:
+    if settings.purpose == "shell":
+        return ShellServer(settings, line)
+    return ScriptServer(settings, line, rooms or SharedHousing(settings), ruleset)
+
+
 def _serve(settings: Settings) -> None:
     line = _open_line(settings.line)
     if settings.uid is not None:
@@ -142,7 +151,7 @@ def _serve(settings: Settings) -> None:
         preload.preload()
     gc.collect()
     gc.freeze()
-    server = ScriptServer(settings, line, rooms or SharedHousing(settings), ruleset)
+    server = _server(settings, line, rooms, ruleset)
     line.send({"ready": True, "missing": missing, "rooms": rooms is not None}, [])
     while (received := line.receive()) is not None:
         server.answer(*received)
