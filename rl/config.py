@@ -81,7 +81,7 @@ class EnvSection(Strict):
 
 
 class SandboxSection(Strict):
-    kind: Literal["bubblewrap", "process"] = "bubblewrap"
+    kind: Literal["bubblewrap", "docker", "process"] = "bubblewrap"
     workers: int = Field(default=2, ge=1)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from agent_tools.mle_bench.registry import load_suite
 from agent_tools.paths import data_dir
-from agent_tools.sandbox import Limits, make_pool
+from agent_tools.sandbox import POOL_KINDS, Limits, make_pool
 from model.tokenizer import Tokenizer
 from rl.checkpoints import fingerprint, resolve_checkpoint
 from rl.cli import main_guard, plain_parser
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, help="scripts an episode (default: the scaffold's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu-seconds", type=float, default=3.0, help="limit a script")
-    parser.add_argument("--sandbox", default="bubblewrap", choices=("bubblewrap", "process"))
+    parser.add_argument("--sandbox", default="bubblewrap", choices=POOL_KINDS)
     parser.add_argument("--workers", type=int, default=2, help="scripts at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scaffold", type=Path)

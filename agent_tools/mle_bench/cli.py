@@ -171,7 +171,9 @@ def fit(
     suite: SuiteOption = DEFAULT_SUITE,
     which: Annotated[str, typer.Option("--which", help="private, dev or both")] = "both",
     workers: Annotated[int, typer.Option("--workers", min=1)] = 2,
-    sandbox: Annotated[str, typer.Option("--sandbox", help="bubblewrap or process")] = "bubblewrap",
+    sandbox: Annotated[
+        str, typer.Option("--sandbox", help="bubblewrap, docker or process")
+    ] = "bubblewrap",
     check: Annotated[
         bool, typer.Option("--check", help="also test headroom; writes no leaderboard")
     ] = False,
@@ -186,13 +188,13 @@ def fit(
     Resumable: scripts that have run are not run again. Exit code 1 if a field fails a check.
     """
     from agent_tools.mle_bench.registry import ref_of
-    from agent_tools.sandbox import make_pool
+    from agent_tools.sandbox import POOL_KINDS, make_pool
 
-    if sandbox not in ("bubblewrap", "process"):
-        raise UserError(f"--sandbox {sandbox!r}: choose bubblewrap or process")
+    if sandbox not in POOL_KINDS:
+        raise UserError(f"--sandbox {sandbox!r}: choose {', '.join(POOL_KINDS)}")
     chosen = load_suite(suite)
     passed = True
-    with make_pool(sandbox, workers=workers) as pool:  # type: ignore[arg-type]
+    with make_pool(sandbox, workers=workers) as pool:
         for competition_id in competition or chosen.ids():
             split = ref_of(competition_id, chosen).split
             for part in _parts(which, split):

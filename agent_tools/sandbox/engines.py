@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agent_tools.paths import script_python
 from agent_tools.sandbox.bubblewrap import BubblewrapSandbox
+from agent_tools.sandbox.docker_engine import DockerSandbox
 from agent_tools.sandbox.instance import Sandbox
 from agent_tools.sandbox.process import ProcessSandbox
 from agent_tools.sandbox.types import POOL_KINDS, PoolKind, SandboxError
@@ -20,4 +21,4 @@ def make_sandbox(kind: PoolKind, python: Path | None = None, *, cold: bool = Fal
     chosen = script_python() if python is None else Path(python).absolute()
     if kind == "bubblewrap":
         return BubblewrapSandbox(chosen, cold=cold)
-    return ProcessSandbox(chosen)
+    return DockerSandbox(chosen) if kind == "docker" else ProcessSandbox(chosen)

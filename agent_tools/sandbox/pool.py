@@ -146,7 +146,8 @@ def make_pool(
 ) -> WarmPool:
     """A pool of `workers` workers; returns when all have shown that they start.
 
-    kind     "bubblewrap" (isolated, warm) or "process" (another user, Landlock and limits only)
+    kind     "bubblewrap" (isolated, warm), "docker" (a container a script) or "process" (another
+             user, Landlock and limits only)
     python   the interpreter of the script environment; None is `agent_tools.paths.script_python`
     cold     bubblewrap only: a new sandbox a script instead of a fork of a warm worker
     require_full_isolation   refuse where `missing` would not be empty

@@ -62,7 +62,7 @@ class ProcessSandbox:
         """What this kind never gives, and what the host refuses."""
         parts = [
             "no namespaces, so scripts see the host's processes, and no disk quota: "
-            "use the kind bubblewrap"
+            "use the kind bubblewrap or docker"
         ]
         if not self._root:
             parts.append("no other user, so scripts run as this one: run as root")

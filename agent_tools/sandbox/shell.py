@@ -218,7 +218,7 @@ def open_shell(
     Raises as `make_pool`; the kind "process" has no shell.
     """
     if kind == "process":
-        raise SandboxError("sandbox kind 'process' has no shell: use 'bubblewrap'")
+        raise SandboxError("sandbox kind 'process' has no shell: use 'bubblewrap' or 'docker'")
     shell = Shell(make_sandbox(kind, python), limits or Limits(cpu_seconds=10), inputs)
     if require_full_isolation:
         try:

@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 from agent_tools.errors import UserError
 
 Status = Literal["ok", "error", "timeout", "memory", "killed", "infra"]
-PoolKind = Literal["bubblewrap", "process"]
+PoolKind = Literal["bubblewrap", "docker", "process"]
 # What a worker is for: scripts, one shell, or showing what the host gives (it loads no packages).
 Purpose = Literal["scripts", "shell", "probe"]
-POOL_KINDS: tuple[PoolKind, ...] = ("bubblewrap", "process")
+POOL_KINDS: tuple[PoolKind, ...] = ("bubblewrap", "docker", "process")
 
 
 class SandboxError(UserError):

@@ -1,12 +1,14 @@
-"""What sandbox tests share: a Python without packages and a copy for any user."""
+"""What sandbox tests share: a Python without packages, a copy for any user, an engine."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,3 +58,45 @@ def open_copy(*extra: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def docker_host() -> Iterator[str]:
+    """An engine's address: DOCKER_HOST, or an engine of our own. Skips where there can be none."""
+    pytest.importorskip("docker", reason="docker: `pip install 'selfevo[docker]'`")
+    given = os.environ.get("DOCKER_HOST")
+    if given:
+        yield given
+        return
+    daemon = shutil.which("dockerd")
+    if daemon is None or os.geteuid() != 0:
+        pytest.skip("docker: set DOCKER_HOST, or be root with `apt-get install docker.io`")
+    folder = Path(tempfile.mkdtemp(prefix="eng.", dir="/tmp"))  # short: a socket's path is
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                daemon, "--host", f"unix://{folder}/s", "--data-root", f"{folder}/data",
+                "--exec-root", f"{folder}/x", "--pidfile", f"{folder}/pid", "--iptables=false",
+                "--ip6tables=false", "--ip-forward=false", "--bridge=none",
+                "--exec-opt", "native.cgroupdriver=cgroupfs",
+            ],
+            stdout=log,
+            stderr=log,
+        )  # fmt: skip
+    try:
+        give_up = time.monotonic() + 60
+        while not (folder / "s").exists():
+            if process.poll() is not None or time.monotonic() > give_up:
+                tail = (folder / "log").read_text().splitlines()[-1:]
+                pytest.skip(f"docker: the engine does not start here ({tail})")
+            time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOCKER_HOST", f"unix://{folder}/s")
+            yield f"unix://{folder}/s"
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+        process.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 warm      scripts are forks of one worker; after each an honest script must find a clean place
 cold      a new bubblewrap sandbox a script
+docker    a container a script, on a real engine (make test-real)
 ordinary  the warm worker of a user without privileges, in a process of that user
 """
 
@@ -19,6 +20,7 @@ from sandbox_cases import CASES
 from sandbox_support import (
     SYSTEM_PYTHON,
     as_user,
+    docker_host,
     needs_system_python,
     open_copy,
     plain_python,
@@ -53,6 +55,18 @@ def pool(request: pytest.FixtureRequest) -> Iterator[WarmPool]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def containers() -> Iterator[WarmPool]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        plain_python() as python,
+        docker_host(),
+        make_pool("docker", 1, python=python) as made,
+    ):
+        patch.setenv(LEAK, "a secret of the owner")
+        yield made
+
+
 @named
 def test_bubblewrap(case: Case, pool: WarmPool, world: World) -> None:
     run_case(case, pool, world)
@@ -60,6 +74,12 @@ def test_bubblewrap(case: Case, pool: WarmPool, world: World) -> None:
     assert honest.status == "ok", honest
     assert honest.files["submission.csv"] == (world.inputs / "train.csv").read_bytes()
     assert honest.stdout.split() == ["script.py,train.csv", "none", "none", "1"], honest.stdout
+
+
+@pytest.mark.real
+@named
+def test_docker(case: Case, containers: WarmPool, world: World) -> None:
+    run_case(case, containers, world)
 
 
 # ---------------------------------------------------------------- as an ordinary user

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import struct
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from agent_tools.sandbox.cgroups import (
     make_cgroup,
     missing_limits,
 )
+from agent_tools.sandbox.docker_image import image_key, write_image
+from agent_tools.sandbox.interpreter import Interpreter
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
@@ -286,3 +290,47 @@ def test_template_filter_leaves_out_three_calls() -> None:
         expected = ALLOW if name in ("mount", "unshare", "setns") else EPERM
         assert decide(loose, number, ARCH["x86_64"]) == expected, name
         assert decide(strict, number, ARCH["x86_64"]) == EPERM, name
+
+
+def test_image_holds_files_links_and_every_parent(tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    kept = ("bin/tool", "lib/python3/os.py", "lib/python3/site-packages/p/test/data.csv")
+    left_out = ("lib/python3/test/a.py", "lib/python3/idlelib/b.py", "hidden/secret.py")
+    for name in (*kept, *left_out):
+        (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / name).write_text(name)
+    (prefix / "bin" / "tool").chmod(0o4700)
+    (prefix / "lib64").symlink_to("lib")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "json.py").write_text("the system's")
+    python = Interpreter(
+        Path(sys.executable),
+        (prefix,),
+        (prefix / "hidden",),
+        (("x", "/opt/y"),),
+        library=tmp_path / "elsewhere",
+    )
+    write_image(python, tmp_path / "image.tar")
+    with tarfile.open(tmp_path / "image.tar") as archive:
+        entries = {entry.name: entry for entry in archive}
+        assert len(entries) == len(archive.getnames())
+    inside = str(prefix).lstrip("/")
+    assert all(f"{inside}/{name}" in entries for name in kept)
+    assert not any(f"{inside}/{name}" in entries for name in left_out)
+    assert entries[f"{inside}/bin/tool"].mode == 0o755
+    assert entries[f"{inside}/lib64"].linkname == "lib"
+    assert entries["opt/y"].linkname == "x"
+    for name, entry in entries.items():
+        parents = [str(path) for path in Path(name).parents if str(path) != "."]
+        assert all(entries[parent].isdir() for parent in parents), name
+        assert name == "sandbox/work" or not entry.isdir() or entry.mode & 0o111 == 0o111
+    assert f"{tmp_path}/elsewhere/json.py".lstrip("/") in entries
+    assert str(Path(sys.executable).resolve()).lstrip("/") in entries
+    work = entries["sandbox/work"]
+    assert (work.uid, work.mode) == (65534, 0o700)
+    assert any(name.endswith("/bash") for name in entries)
+    assert any("libc.so" in name for name in entries)
+    key = image_key(python)
+    (prefix / "lib" / "python3" / "site-packages" / "new.dist-info").mkdir()
+    assert len(key) == 16
+    assert image_key(python) != key

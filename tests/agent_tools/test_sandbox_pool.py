@@ -105,7 +105,7 @@ def test_missing_inputs_and_wrong_arguments(pool: WarmPool, tmp_path: Path) -> N
         job("pass", tmp_path, "../x")
     with pytest.raises(SandboxError, match="cpu_seconds"):
         Limits(cpu_seconds=0)
-    with pytest.raises(SandboxError, match="kind 'podman': use 'bubblewrap', 'process'"):
+    with pytest.raises(SandboxError, match="kind 'podman': use 'bubblewrap', 'docker', 'process'"):
         make_pool("podman", 1, python=SYSTEM_PYTHON)  # type: ignore[arg-type]
     with pytest.raises(SandboxError, match="no cold form"):
         make_pool("process", 1, python=SYSTEM_PYTHON, cold=True)

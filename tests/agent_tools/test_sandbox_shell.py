@@ -1,4 +1,4 @@
-"""The shell that stays, and snapshots of its work folder."""
+"""The shell that stays, and snapshots of its work folder: bubblewrap here, Docker in test-real."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def python() -> Iterator[Path]:
         yield made
 
 
-@pytest.fixture(params=["bubblewrap"])
+@pytest.fixture(params=["bubblewrap", pytest.param("docker", marks=pytest.mark.real)])
 def opened(request: pytest.FixtureRequest, python: Path) -> Iterator[Open]:
     """Opens shells of one engine and closes them."""
     made: list[Shell] = []
+    if request.param == "docker":
+        request.getfixturevalue("engine")
 
     def go(inputs: Path | None = None, limits: Limits = LIMITS) -> Shell:
         made.append(open_shell(request.param, inputs=inputs, limits=limits, python=python))
@@ -40,6 +42,12 @@ def opened(request: pytest.FixtureRequest, python: Path) -> Iterator[Open]:
     yield go
     for shell in made:
         shell.close()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[str]:
+    with sandbox_support.docker_host() as host:
+        yield host
 
 
 def inputs(folder: Path) -> Path:
@@ -211,3 +219,13 @@ def test_sandbox_that_dies_is_said_to_be_gone(python: Path) -> None:
                 os.kill(process.pid, 9)
         with pytest.raises(InfraError, match="open a new one"):
             shell.run("true")
+
+
+@pytest.mark.real
+def test_snapshot_moves_between_engines(engine: str, python: Path) -> None:
+    with open_shell("bubblewrap", python=python, limits=LIMITS) as first:
+        first.run("mkdir d; echo moved > d/file")
+        saved = first.snapshot()
+    with open_shell("docker", python=python, limits=LIMITS) as second:
+        second.restore(saved)
+        assert second.run("cat d/file").stdout == "moved\n"

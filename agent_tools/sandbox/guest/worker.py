@@ -135,7 +135,7 @@ def _serve(settings: Settings) -> None:
         kernel.drop_capabilities()
         missing.append(
             "scripts of one worker share its namespaces, one after the other "
-            f"({refused}): allow a user more of them, user.max_*_namespaces"
+            f"({refused}): use the kind docker"
         )
     if settings.filter is not None and not _filter_works(settings.filter):
         settings = replace(settings, filter=None)
