@@ -83,6 +83,7 @@ class EnvSection(Strict):
 class SandboxSection(Strict):
     kind: Literal["bubblewrap", "docker", "process"] = "bubblewrap"
     workers: int = Field(default=2, ge=1)
+    require_full_isolation: bool = False
 
 
 class StopSection(Strict):

@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu-seconds", type=float, default=3.0, help="limit a script")
     parser.add_argument("--sandbox", default="bubblewrap", choices=POOL_KINDS)
+    parser.add_argument("--require-full-isolation", action="store_true", help="else refuse")
     parser.add_argument("--workers", type=int, default=2, help="scripts at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scaffold", type=Path)
@@ -246,7 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with CachingPool(make_pool(args.sandbox, args.workers)) as pool:
+        full = args.require_full_isolation
+        made = make_pool(args.sandbox, args.workers, require_full_isolation=full)
+        with CachingPool(made) as pool:
+            for missing in pool.missing:
+                print(f"sandbox: {missing}", file=sys.stderr, flush=True)
             env = MleEnv(pool, Limits(cpu_seconds=args.cpu_seconds), scaffold=scaffold)
             runner = _runner(args, env, signals.check)
             if args.split == "val":

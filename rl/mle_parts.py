@@ -26,7 +26,12 @@ def mle_parts(config: RunConfig) -> Iterator[Parts]:
         config.suite, "dev", data_dir(), scaffold=scaffold, turns=config.rollout.turns
     )
     tasks = tuple(taskset.task(name) for name in config.competitions)
-    with CachingPool(make_pool(config.sandbox.kind, config.sandbox.workers)) as pool:
+    made = make_pool(
+        config.sandbox.kind,
+        config.sandbox.workers,
+        require_full_isolation=config.sandbox.require_full_isolation,
+    )
+    with CachingPool(made) as pool:
         for missing in pool.missing:
             print(f"sandbox: {missing}", flush=True)
         env = MleEnv(pool, Limits(cpu_seconds=config.env.cpu_seconds), scaffold=scaffold)

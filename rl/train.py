@@ -1,4 +1,5 @@
-"""`python -m rl.train RUN.yaml --run-dir DIR [--resume] [-c FILE] [a.b=value …] [--dry-run]`.
+"""`python -m rl.train RUN.yaml --run-dir DIR [--resume] [-c FILE] [a.b=value …] [--dry-run]
+[--require-full-isolation]`.
 
 Exit codes: 0 done · 2 configuration · 5 infrastructure errors on over a tenth of the scripts ·
 6 non-finite loss or stop rule · 130 interrupted · 143 terminated, state saved.
@@ -65,7 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in the directory, if there is one"
     )
+    parser.add_argument(
+        "--require-full-isolation",
+        action="store_true",
+        help="refuse to run scripts on a host that cannot give every protection",
+    )
     args = parser.parse_intermixed_args(argv)
+    if args.require_full_isolation:
+        args.overrides.append("sandbox.require_full_isolation=true")
     config = resolve_or_print(RunConfig, args, check_inputs)
     if config is None:
         return 0

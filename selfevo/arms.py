@@ -21,6 +21,7 @@ from selfevo.gate import FRESH, Budget
 from selfevo.llm import ServeCommand
 from selfevo.store import canonical, sha256
 
+FULL_ISOLATION = "require_full_isolation"  # key of the section `sandbox` of configs/train.yaml
 DIVERGED = 6  # exit code of a run that a non-finite loss or a stop rule ended
 INFRA = 5
 MAX_TRIES = 2  # attempts a session at a job that the machine failed
@@ -78,6 +79,7 @@ class Commands:
             str(sandbox.get("kind", "bubblewrap")),
             "--workers",
             str(sandbox.get("workers", 2)),
+            *(["--require-full-isolation"] if sandbox.get(FULL_ISOLATION) is True else []),
             "--scaffold",
             str(arm / "scaffold"),
             "--out",

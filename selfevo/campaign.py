@@ -36,7 +36,7 @@ from selfevo.config import (
 from selfevo.events import Actor, Event
 from selfevo.lab import campaign_folder, next_name, parse_lab
 from selfevo.llm import Endpoint
-from selfevo.preflight import check_machine, suite_version
+from selfevo.preflight import check_machine, check_sandbox, suite_version
 from selfevo.store import Store, read_events, sha256
 from selfevo.views import CampaignView, apply, reduce
 
@@ -215,6 +215,8 @@ def create(
     folder = campaign_folder(lab, name)
     if commands.check_machine:
         check_machine(config.suite)
+        for missing in check_sandbox(files.train):
+            say(f"sandbox: {missing}")
     if config.agent.kind == "model":
         Endpoint(config.agent, folder, commands.serve).check()
     try:

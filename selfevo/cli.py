@@ -49,12 +49,18 @@ def init(
     healthy: Annotated[
         bool, typer.Option("--healthy", help="start from the tuned learning rate, not the bad one")
     ] = False,
+    full_isolation: Annotated[
+        bool,
+        typer.Option(
+            "--require-full-isolation", help="run no script where a protection is missing"
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a lab: a git repository of configs, prompts, skills and memory."""
     from selfevo.lab import init_lab
 
-    repo = init_lab(lab, healthy=healthy)
+    repo = init_lab(lab, healthy=healthy, full_isolation=full_isolation)
     commit = repo.head().commit
     if as_json:
         out({"lab": str(lab.absolute()), "commit": commit, "healthy": healthy})

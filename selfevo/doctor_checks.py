@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agent_tools.errors import InfraError, UserError
-from selfevo.arms import Commands
+from selfevo.arms import FULL_ISOLATION, Commands
 from selfevo.config import TRAIN_CONFIG, BudgetSection
 
 FREE_BYTES = 500_000_000  # a campaign of two rounds keeps about six checkpoints of 20 MB
@@ -243,7 +243,7 @@ def grader(bench: Bench) -> str:
 def sandbox(bench: Bench) -> str:
     """A script in a warm worker of the lab's sandbox; names the limits that this host lacks."""
     from agent_tools.config_text import parse_yaml
-    from agent_tools.sandbox import ScriptJob, make_pool
+    from agent_tools.sandbox import ScriptJob, make_pool, require_full
 
     settings = parse_yaml((bench.root / TRAIN_CONFIG).read_text("utf-8"), TRAIN_CONFIG)
     chosen = settings.get("sandbox")
@@ -254,6 +254,8 @@ def sandbox(bench: Bench) -> str:
         with make_pool(kind, 1) as pool:
             result = pool.run([ScriptJob(SCRIPT, inputs)])[0]
             missing = pool.missing
+        if isinstance(chosen, dict) and chosen.get(FULL_ISOLATION) is True:
+            require_full(missing)
     except (InfraError, UserError) as error:
         raise _parted(error, ": run `", ": allow ") from error
     if result.status != "ok":

@@ -36,6 +36,7 @@ from selfevo.config import (
 TEMPLATE = Path(__file__).parent / "lab_template"
 #: What `selfevo init --healthy` writes over the template's documented bad setting.
 HEALTHY_EDITS = {"optim.lr": 3.0e-4}
+ISOLATION_EDITS = {"sandbox.require_full_isolation": True}
 ARM_PATHS = (TRAIN_CONFIG, "scaffold")  # what makes an arm
 
 
@@ -49,8 +50,11 @@ class LabFiles:
     train: dict[str, object]
 
 
-def init_lab(path: Path, *, healthy: bool = False) -> LabRepo:
-    """Write the template into `path` and commit it. Raises `UserError` if the folder is in use."""
+def init_lab(path: Path, *, healthy: bool = False, full_isolation: bool = False) -> LabRepo:
+    """Write the template into `path` and commit it. Raises `UserError` if the folder is in use.
+
+    `full_isolation` makes the lab's jobs refuse a host that cannot give every protection.
+    """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty; choose a new folder for the lab")
@@ -59,9 +63,12 @@ def init_lab(path: Path, *, healthy: bool = False) -> LabRepo:
     try:
         shutil.copytree(TEMPLATE, part, ignore=shutil.ignore_patterns("__pycache__"))
         (part / "gitignore").rename(part / ".gitignore")
-        if healthy:
-            for key, value in HEALTHY_EDITS.items():
-                edit_yaml(part / TRAIN_CONFIG, key, value)
+        edits = {
+            **(HEALTHY_EDITS if healthy else {}),
+            **(ISOLATION_EDITS if full_isolation else {}),
+        }
+        for key, value in edits.items():
+            edit_yaml(part / TRAIN_CONFIG, key, value)
         init_lab_repo(part, message="Start the lab")
         if path.exists():
             path.rmdir()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from agent_tools.paths import script_python
+from selfevo.arms import FULL_ISOLATION
 
 
 def check_machine(suite_name: str) -> None:
@@ -17,6 +21,22 @@ def check_machine(suite_name: str) -> None:
     for ref in suite.competitions:
         competition = load_competition(ref.id, suite=suite)
         competition.field("private" if ref.split == "val" else "dev")
+
+
+def check_sandbox(train: Mapping[str, Any]) -> tuple[str, ...]:
+    """What this host does not give of the isolation of the lab's scripts, with the repairs.
+
+    `train` is the content of configs/train.yaml. Raises `InfraError` where the sandbox does not
+    start, and `UserError` where something is missing though the lab requires full isolation.
+    """
+    from agent_tools.sandbox import missing_protections, require_full
+
+    chosen = train.get("sandbox")
+    chosen = chosen if isinstance(chosen, dict) else {}
+    missing = missing_protections(chosen.get("kind", "bubblewrap"))
+    if chosen.get(FULL_ISOLATION) is True:
+        require_full(missing)
+    return missing
 
 
 def suite_version(suite_name: str) -> int:

@@ -260,6 +260,28 @@ def test_val_is_written_in_the_ledger(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["mean_percentile"] == 0.0 and result["valid_share"] == 0.0
 
 
+def test_both_jobs_warn_of_what_the_host_lacks_or_refuse_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_tools.sandbox.bubblewrap.make_cgroup", lambda *_: None)
+    refusal = "error: full isolation is required, but missing here: no control group"
+    with endpoint("raise SystemExit(3)") as (url, _):
+        arguments = ["--base-url", url, "--split", "dev", "--competitions", "diamonds-price",
+                     "--samples", "1", "--out", str(tmp_path / "eval")]  # fmt: skip
+        assert run_main(evaluate_module.main, [*arguments, "--require-full-isolation"]) == 2
+        assert capsys.readouterr().err.startswith(refusal)
+        assert run_main(evaluate_module.main, arguments) == 0
+        assert "sandbox: no control group" in capsys.readouterr().err
+    tiny_checkpoint(tmp_path / "start")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{checkpoint: {tmp_path}/start}}\ncompetitions: [diamonds-price]\n"
+        "wandb: {mode: disabled}\n"
+    )
+    train = [str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "device=cpu"]
+    assert run_main(train_module.main, [*train, "--require-full-isolation"]) == 2
+    assert refusal in capsys.readouterr().err
+
+
 def test_train_command_on_real_data_with_a_random_model(tmp_path: Path) -> None:
     """A random policy writes no valid script: every group is without spread, and nothing stalls."""
     tiny_checkpoint(tmp_path / "start")
