@@ -20,7 +20,8 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests verify-storm clean
+.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests verify-sandbox \
+  verify-storm clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -54,7 +55,8 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@touch $@
 
 evolve: setup
-	@test -e '$(LAB)/selfevo.yaml' || $(VENV)/bin/selfevo init $(if $(HEALTHY),--healthy) '$(LAB)'
+	@test -e '$(LAB)/selfevo.yaml' || $(VENV)/bin/selfevo init $(if $(HEALTHY),--healthy) \
+	  $(if $(FULL_ISOLATION),--require-full-isolation) '$(LAB)'
 	@$(VENV)/bin/selfevo run --rounds $(ROUNDS) --seed $(SEED) $(if $(AGENT),--agent $(AGENT)) '$(LAB)'
 
 lint: setup-dev
@@ -78,6 +80,12 @@ bench-setup:
 	$(PYTHON) -m venv .venv-bench
 	$(call PIP,.venv-bench) '$(TORCH)'
 	$(call PIP,.venv-bench) -e . 'transformers>=5.19'
+
+# Every hostile script on every engine and as an ordinary user, then the leak count: needs root and
+# a Docker engine (DOCKER_HOST, or docker.io installed).
+verify-sandbox: setup-dev
+	SELFEVO_REQUIRE=all $(PY) -m pytest -q tests/agent_tools/test_sandbox_*.py
+	$(PY) -m benchmarks.sandbox
 
 verify-digests: setup
 	$(PY) -m benchmarks.agent_digests verify --count 5
