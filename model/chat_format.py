@@ -216,6 +216,8 @@ def _visible_spans(message: Message) -> Iterator[Span]:
     yield _plain(content)
     if not calls:
         return
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise ChatFormatError("tool_calls must be a list of calls")
     if content:
         yield _plain("\n")
     yield Span(CALL, True)
@@ -225,8 +227,10 @@ def _visible_spans(message: Message) -> Iterator[Span]:
     yield Span(CALL_END, True)
 
 
-def _invoke(call: Mapping[str, Any]) -> str:
-    inner = call.get("function", call)
+def _invoke(call: object) -> str:
+    inner = call.get("function", call) if isinstance(call, Mapping) else call
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise ChatFormatError('a tool call must be {"function": {"name": …, "arguments": …}}')
     arguments = inner.get("arguments") or {}
     if isinstance(arguments, str):
         try:
@@ -247,7 +251,7 @@ def _role(message: Message, index: int) -> str:
     roles = {"system": "system", "developer": "system", "user": "user", "tool": "tool"}
     roles["assistant"] = "ai"
     role = message.get("role")
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         raise ChatFormatError(
             f"messages[{index}]: unknown role {role!r}; use {', '.join(sorted(roles))}"
         )
@@ -261,6 +265,8 @@ def _text(message: Message) -> str:
         return ""
     if isinstance(content, str):
         return content
+    if not isinstance(content, Sequence):
+        raise ChatFormatError("message content must be text or a list of text parts")
     parts = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":

@@ -98,14 +98,21 @@ class Tokenizer:
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
-        """Ids of `text`; nothing is added. `specials=False` reads special tokens' text as text."""
+        """Ids of `text`; nothing is added. `specials=False` reads special tokens' text as text.
+
+        Raises TokenizerError for half of a surrogate pair, which no UTF-8 text can hold.
+        """
         if len(text) > LONGEST_KEPT:
             return self._ids_of(text, specials)
         return list(self._kept(text, specials))
 
     def _ids_of(self, text: str, specials: bool) -> list[int]:
         view = self._with_specials if specials else self._plain
-        return list(view.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(view.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            reason = "the text is not Unicode: it holds half a surrogate pair"
+            raise TokenizerError(reason) from error
 
     @cached_property
     def _kept(self) -> Callable[[str, bool], tuple[int, ...]]:

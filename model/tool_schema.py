@@ -47,7 +47,8 @@ class Tool:
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Tool]:
     """Tools by name, from OpenAI's `{"type": "function", "function": {…}}` or the bare inner form.
 
-    Raises `ValueError` for a tool without a name, of another type, or named twice.
+    Raises `ValueError` for a tool without a name, of another type, named twice, or with a schema
+    whose parts are not of the kinds that JSON Schema gives them.
     """
     found: dict[str, Tool] = {}
     for index, entry in enumerate(tools or ()):
@@ -60,8 +61,54 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Tool]:
         if name in found:
             raise ValueError(f"tools[{index}]: two tools are named {name!r}")
         parameters = inner.get("parameters") or {"type": "object", "properties": {}}
+        where = f"tools[{index}].parameters"
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{where}: a JSON schema is an object")
+        _check_schema(parameters, where)
         found[name] = Tool(name, str(inner.get("description") or ""), parameters)
     return found
+
+
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
+_PART_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(_COUNTS, (int,)),
+    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf", "required"), (list,)),
+    **dict.fromkeys(("properties", "$defs", "definitions"), (dict,)),
+    **dict.fromkeys(("pattern", "$ref"), (str,)),
+    "type": (str, list),
+    "items": (dict, bool, list),
+    "additionalProperties": (dict, bool),
+}
+_DEEPEST = 24
+
+
+def _check_schema(schema: Any, where: str, depth: int = 0) -> None:
+    """Raise `ValueError` where a part that this module reads is not of its kind."""
+    if not isinstance(schema, Mapping):
+        if depth and isinstance(schema, bool):  # true allows anything, false nothing
+            return
+        raise ValueError(f"{where}: a JSON schema is an object, not {_short(schema)}")
+    if depth > _DEEPEST:
+        raise ValueError(f"{where}: more than {_DEEPEST} levels deep")
+    for key, kinds in _PART_KINDS.items():
+        value = schema.get(key)
+        wrong_bool = isinstance(value, bool) and bool not in kinds
+        if key in schema and (wrong_bool or not isinstance(value, kinds)):
+            raise ValueError(f"{where}.{key}: {_short(value)} is not what JSON Schema has there")
+    for key in ("type", "required"):
+        if isinstance(schema.get(key), list) and not all(isinstance(v, str) for v in schema[key]):
+            raise ValueError(f"{where}.{key}: it must list strings")
+    for key in ("anyOf", "oneOf", "allOf"):
+        for index, option in enumerate(schema.get(key) or ()):
+            _check_schema(option, f"{where}.{key}[{index}]", depth + 1)
+    for key in ("properties", "$defs", "definitions"):
+        for name, part in (schema.get(key) or {}).items():
+            _check_schema(part, f"{where}.{key}.{name}", depth + 1)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), Mapping):
+            _check_schema(schema[key], f"{where}.{key}", depth + 1)
 
 
 def resolve(schema: Any, root: Schema) -> Schema:
@@ -76,8 +123,9 @@ def resolve(schema: Any, root: Schema) -> Schema:
     return schema if isinstance(schema, Mapping) else {}
 
 
-def types_of(schema: Schema, root: Schema) -> list[str]:
-    """Types a value may have; `["string"]` where the schema says nothing, as M2's parsers do."""
+def types_of(schema: Schema, root: Schema, depth: int = 0) -> list[str]:
+    """Types a value may have; `["string"]` where the schema says nothing, as M2's parsers do, and
+    where its alternatives refer to themselves."""
     schema = resolve(schema, root)
     declared = schema.get("type")
     if isinstance(declared, str):
@@ -85,8 +133,8 @@ def types_of(schema: Schema, root: Schema) -> list[str]:
     if isinstance(declared, list):
         return [str(kind) for kind in declared]
     options = schema.get("anyOf") or schema.get("oneOf")
-    if options:
-        kinds = [kind for option in options for kind in types_of(option, root)]
+    if options and depth < _DEEPEST:
+        kinds = [kind for option in options for kind in types_of(option, root, depth + 1)]
         return list(dict.fromkeys(kinds))
     if "const" in schema:
         return [_type_name(schema["const"])]
