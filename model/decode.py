@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from model.attention import DecodeAttend, KVCache
+from model.moe import float_of
+from model.slots import SlotAttend, SlotCache
 from model.transformer import Transformer
 
 PREFILL_TOKENS = 16_384  # at most about this many prompt tokens in one forward pass
@@ -43,7 +45,8 @@ def prefill(
     device = model.device
     distinct = sorted(set(prompts), key=lambda ids: (len(ids), ids))
     width = len(distinct[-1])
-    logits_BV = torch.empty(len(prompts), model.config.vocab_size, device=device)
+    wide = float_of(model.dtype)
+    logits_BV = torch.empty(len(prompts), model.config.vocab_size, device=device, dtype=wide)
     pad_left_B = torch.tensor([width - len(ids) for ids in prompts], device=device)
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, ids in enumerate(prompts):
@@ -62,7 +65,7 @@ def prefill(
         own = KVCache(model.config, len(part), time, device, model.dtype)
         hidden_PTH = model.hidden(ids_PT, cache=own)
         last_PH = hidden_PTH[torch.arange(len(part), device=device), length_P - 1]
-        logits_BV[row_b] = model.head(last_PH).to(logits_BV.dtype).index_select(0, prompt_b)
+        logits_BV[row_b] = model.head(last_PH).index_select(0, prompt_b)
         # Column c of a row holds its prompt's token c − padding; columns of padding are masked.
         from_bT = torch.arange(width, device=device) - (width - length_P[prompt_b])[:, None]
         from_bT = from_bT.clamp_(0, time - 1)
@@ -158,6 +161,41 @@ class GraphDecoder:
         self.position_B += 1
         self.column_1 += 1
         return logits_BV
+
+
+class SlotGraph:
+    """A decode step over a whole `SlotCache`, captured as one CUDA graph.
+
+    It lasts as long as the cache stays where it is. Rows not in use go on unseen; what they write
+    is overwritten when a prompt is read into them.
+    """
+
+    def __init__(self, model: Transformer, cache: SlotCache) -> None:
+        device = model.device
+        self.model, self.cache = model, cache
+        self.id_B = torch.zeros(cache.rows, dtype=torch.long, device=device)
+        # The trial steps write into the last column, which no row fills before its own last step.
+        self.column_B = torch.full_like(self.id_B, cache.columns - 1)
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.logits_BV = self._step()
+
+    def step(self, id_B: Tensor, column_B: Tensor) -> Tensor:
+        """Logits (B, V) after one more token of the first B rows; good until the next step."""
+        self.id_B[: len(id_B)] = id_B
+        self.column_B[: len(id_B)] = column_B
+        self.graph.replay()
+        return self.logits_BV[: len(id_B)]
+
+    def _step(self) -> Tensor:
+        attend = SlotAttend(self.cache, self.column_B, self.cache.columns)
+        return self.model.head(self.model.run(self.id_B, self.column_B, attend))
 
 
 def _real_columns(cache: KVCache, pad_left_B: Tensor) -> Tensor:

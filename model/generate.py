@@ -20,7 +20,7 @@ from model.checkpoint import load_model
 from model.decode import Decoder, EagerDecoder, GraphDecoder, prefill
 from model.errors import ModelError
 from model.moe import needs_no_host
-from model.sampling import Sampler
+from model.sampling import Sampler, uniforms
 from model.transformer import Transformer
 
 SHRINK_AT = 0.875  # drop rows that ended once no more than this share of them goes on
@@ -48,7 +48,9 @@ class Constraint(Protocol):
 class GenRequest:
     """One prompt to continue. Temperature 0 is greedy; seed None draws a random one.
 
-    Generation stops at an id of `stop_ids` (which is returned) or after `max_new_tokens`.
+    Generation stops at an id of `stop_ids` (which is returned) or after `max_new_tokens`. Only a
+    running batch gives `top_logprobs` (that many of the likeliest ids, for each token) and
+    `prompt_logprobs` (scores of the prompt's own tokens).
     """
 
     prompt_ids: tuple[int, ...]
@@ -59,18 +61,38 @@ class GenRequest:
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+
+Top = list[tuple[int, float]]
+"""The likeliest ids of one place and their log-probs, best first."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probs of a prompt's tokens at temperature 1, from the second token on: the first follows
+    nothing. `top` is empty unless the request asks for `top_logprobs`."""
+
+    logprobs: list[float]
+    top: list[Top]
 
 
 @dataclass(frozen=True)
 class Generation:
     """The new ids and, for each, its log-prob under the unmasked softmax at the request's
-    temperature (at temperature 1 for a greedy request); `version` is that of the weights."""
+    temperature (at temperature 1 for a greedy request); `version` is that of the weights and
+    `cached` how many prompt tokens were not computed for this request. `top` and `prompt` are there
+    if the request asks for them."""
 
     ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     constrained: bool
     version: int
+    cached: int = 0
+    top: list[Top] = field(default_factory=list)
+    prompt: PromptScores | None = None
 
 
 class Engine:
@@ -134,6 +156,10 @@ class Engine:
         """
         for request in requests:
             self.check(request)
+            if request.top_logprobs or request.prompt_logprobs:
+                raise ModelError(
+                    "request: top_logprobs and prompt_logprobs need a running batch (model.running)"
+                )
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         batches = -(-len(requests) // self.max_batch)
         results: dict[int, Generation] = {}
@@ -143,26 +169,21 @@ class Engine:
         return [results[i] for i in range(len(requests))]
 
     def _generate(self, requests: list[GenRequest]) -> list[Generation]:
-        rows = [_Row(request) for request in requests]
+        rows = [Row(request) for request in requests]
         steps = max(request.max_new_tokens for request in requests)
         constrained = any(request.constraint is not None for request in requests)
         # The host need not see every token; on a GPU looking less often keeps the queue full.
         every = CUDA_CHECK_EVERY if self.device.type == "cuda" and not constrained else 1
-        sampler = Sampler.of(
-            [r.temperature for r in requests],
-            [r.top_p for r in requests],
-            [r.top_k for r in requests],
-            [r.seed for r in requests],
-            steps,
-            self.model.config.vocab_size,
-            self.device,
-        )
+        sampler = sampler_of(rows, self.model.config.vocab_size, self.device)
+        uniform_BS = torch.stack([uniforms(r.seed, steps) for r in requests]).to(self.device)
         decoder, logits_BV = self._start([r.prompt_ids for r in requests], steps)
         live = rows
         drawn: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
-            allowed_BV = self._allowed(live) if constrained else None
-            id_B, logp_B = sampler.draw(logits_BV, step, allowed_BV)
+            allowed_BV = None
+            if constrained:
+                allowed_BV = allowed_ids(live, self.model.config.vocab_size, self.device)
+            id_B, logp_B, _ = sampler.draw(logits_BV, uniform_BS[:, step], allowed_BV)
             drawn.append((id_B, logp_B))
             if len(drawn) == every or step + 1 == steps:
                 _hand_out(live, drawn)
@@ -173,11 +194,9 @@ class Engine:
                 if decoder.shrinks and len(kept) <= SHRINK_AT * len(live):
                     kept_B = torch.tensor(kept, device=self.device)
                     decoder.keep(kept_B)
-                    live, sampler, id_B = (
-                        [live[i] for i in kept],
-                        sampler.take(kept_B),
-                        id_B[kept_B],
-                    )
+                    live = [live[i] for i in kept]
+                    sampler, uniform_BS = sampler.take(kept_B), uniform_BS[kept_B]
+                    id_B = id_B[kept_B]
             logits_BV = decoder.step(id_B)
         return [row.result(self.version) for row in rows]
 
@@ -198,34 +217,47 @@ class Engine:
         pad_left_B, logits_BV = prefill(model, prompts, cache)
         return EagerDecoder(model, cache, pad_left_B), logits_BV
 
-    def _allowed(self, live: list[_Row]) -> Tensor | None:
-        """Allowed ids (B, V); a row whose constraint allows none ends here."""
-        masks = [row.mask() for row in live]
-        if all(mask is None for mask in masks):
-            return None
-        every_V = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
-        return torch.stack([every_V if mask is None else mask for mask in masks]).to(self.device)
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that follow those already told of; `prompt` comes with the first."""
+
+    ids: list[int]
+    logprobs: list[float]
+    top: list[Top]
+    prompt: PromptScores | None = None
 
 
-@dataclass
-class _Row:
-    """What one request has so far."""
+@dataclass(eq=False)
+class Row:
+    """What one request has so far; `cached`, `top` and `prompt` as in `Generation`. An `error` of
+    its constraint ends it."""
 
     request: GenRequest
+    cached: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[Top] = field(default_factory=list)
+    prompt: PromptScores | None = None
     finish: Literal["stop", "length"] | None = None
+    error: Exception | None = None
 
     def mask(self) -> Tensor | None:
+        """Allowed ids (V), or None for all; a row whose constraint allows none ends here."""
         if self.finish is not None or self.request.constraint is None:
             return None
-        mask_V = self.request.constraint.mask()
+        try:
+            mask_V = self.request.constraint.mask()
+        except Exception as error:  # noqa: BLE001 - raised where the row's result is asked for
+            self.error, self.finish = error, "stop"
+            return None
         if mask_V is not None and not bool(mask_V.any()):
             self.finish = "stop"
             return None
         return mask_V
 
     def add(self, id: int, logprob: float) -> None:
+        """Take a drawn token; after the row's end it is dropped."""
         if self.finish is not None:
             return
         self.ids.append(id)
@@ -236,21 +268,57 @@ class _Row:
         elif len(self.ids) == self.request.max_new_tokens:
             self.finish = "length"
         if constraint is not None:
-            constraint.accept(id)
-            if constraint.done():
+            try:
+                constraint.accept(id)
+                ended = constraint.done()
+            except Exception as error:  # noqa: BLE001 - one row's fault is not the batch's
+                self.error, ended = error, True
+            if ended:
                 self.finish = "stop"
 
+    def since(self, told: int) -> Piece:
+        """What came after the first `told` tokens."""
+        prompt = None if told else self.prompt
+        return Piece(self.ids[told:], self.logprobs[told:], self.top[told:], prompt)
+
     def result(self, version: int) -> Generation:
+        """The answer, once the row has ended. Raises what its constraint raised."""
+        if self.error is not None:
+            raise self.error
         return Generation(
             self.ids,
             self.logprobs,
             self.finish or "length",
             self.request.constraint is not None,
             version,
+            self.cached,
+            self.top,
+            self.prompt,
         )
 
 
-def _hand_out(live: list[_Row], drawn: list[tuple[Tensor, Tensor]]) -> None:
+def sampler_of(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Sampler:
+    """The sampling settings of the rows' requests."""
+    requests = [row.request for row in rows]
+    return Sampler.of(
+        [r.temperature for r in requests],
+        [r.top_p for r in requests],
+        [r.top_k for r in requests],
+        vocab_size,
+        device,
+    )
+
+
+def allowed_ids(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Tensor | None:
+    """Allowed ids (B, V), or None for all; a row whose constraint allows none ends here."""
+    masks = [row.mask() for row in rows]
+    if all(mask is None for mask in masks):
+        return None
+    every_V = torch.ones(vocab_size, dtype=torch.bool)
+    return torch.stack([every_V if mask is None else mask for mask in masks]).to(device)
+
+
+def _hand_out(live: list[Row], drawn: list[tuple[Tensor, Tensor]]) -> None:
     """Give the rows the tokens of the last steps; what follows a row's end is dropped."""
     ids = torch.stack([id_B for id_B, _ in drawn]).tolist()
     logprobs = torch.stack([logp_B for _, logp_B in drawn]).tolist()

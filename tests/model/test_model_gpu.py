@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model.config import PRESETS
-from model.generate import Engine, GenRequest
+from model.generate import Engine, GenRequest, Row
 from model.moe import loop_experts, sorted_experts
+from model.running import RunningBatch
 from model.scoring import score_tokens, token_logprobs
 from model.transformer import Transformer
 
@@ -100,3 +101,21 @@ def test_experts_on_the_gpu(kind):
     theirs = torch.autograd.grad(expected.square().sum(), wide)
     for a, b in zip(mine, theirs, strict=True):
         assert (a - b).norm() < tolerance * b.norm()
+
+
+def test_a_running_batch_on_the_gpu_equals_rescoring(policy):
+    model = copy.deepcopy(policy).cuda()
+    batch = RunningBatch(Engine(model))
+    rows = [Row(request) for request in requests()]
+    waiting, steps = list(rows), 0
+    while waiting or batch.running:
+        batch.join(waiting[:5] if steps % 7 == 0 else [])
+        waiting = waiting[5:] if steps % 7 == 0 else waiting
+        batch.step()
+        steps += 1
+    for row in rows:
+        ids = torch.tensor([[*row.request.prompt_ids, *row.ids]])
+        with torch.no_grad():
+            logp_BT = token_logprobs(model, ids.cuda(), torch.tensor([ids.shape[1]]).cuda()).cpu()
+        expected = logp_BT[0, len(row.request.prompt_ids) :]
+        torch.testing.assert_close(torch.tensor(row.logprobs), expected, atol=1e-4, rtol=0)
