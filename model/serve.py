@@ -16,16 +16,21 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import ModelError
 
 if TYPE_CHECKING:
-    from model.serve_app import ChatService
+    from model.service import Service
+
+SMALL_HIDDEN = 512
+"""Below this size one thread generates as fast as two, and another core is left for HTTP."""
 
 _GRACE_S = 3
 _PARENT_POLL_S = 0.5
+_BACKLOG = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.checkpoint,
             device=options.device,
             name=options.served_model_name,
-            max_batch=options.max_batch,
+            limits=Limits(
+                max_batch=options.max_batch,
+                max_queue=options.max_queue,
+                cache_tokens=options.cache_tokens,
+                prefix_tokens=options.prefix_cache_tokens,
+            ),
+            threads=options.threads,
         )
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,19 +64,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _serve(service, listener, options.port_file, quiet=options.quiet)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the server's memory: requests that run and that wait, rows × columns of the
+    key/value cache, and tokens of the prefix cache (0 turns that off)."""
+
+    max_batch: int = 64
+    max_queue: int = 512
+    cache_tokens: int = 131_072
+    prefix_tokens: int = 32_768
+
+
 def load_service(
-    checkpoint: Path, *, device: str = "auto", name: str | None = None, max_batch: int = 64
-) -> ChatService:
+    checkpoint: Path,
+    *,
+    device: str = "auto",
+    name: str | None = None,
+    limits: Limits = Limits(),
+    threads: int | None = None,
+) -> Service:
     """Loads a checkpoint folder and starts its engine. Raises `ModelError`.
 
     Torch is imported here, so that `--help` and wrong arguments answer at once.
     """
+    for option, value, least in (
+        ("--max-queue", limits.max_queue, 0),
+        ("--prefix-cache-tokens", limits.prefix_tokens, 0),
+        ("--threads", 1 if threads is None else threads, 1),
+    ):
+        if value < least:
+            raise ModelError(f"{option} is {value}; it must be ≥ {least}")
     import torch
 
     from model.batching import Batcher
     from model.checkpoint import load_model
     from model.generate import Engine
-    from model.serve_app import ChatService
+    from model.running import RunningBatch
+    from model.service import Service
     from model.tokenizer import Tokenizer
 
     if device == "auto":
@@ -74,17 +109,26 @@ def load_service(
         raise ModelError("--device cuda: no CUDA device here; use --device cpu")
     tokenizer = Tokenizer.load(checkpoint)
     model = load_model(checkpoint, device=device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif model.config.hidden_size < SMALL_HIDDEN and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     width = model.config.vocab_size
     if tokenizer.vocab_size > width:
         raise ModelError(
             f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens but the model {width}; "
             "the folder mixes two checkpoints"
         )
-    engine = Engine(model, device=device, max_batch=max_batch)
-    return ChatService(
+    running = RunningBatch(
+        Engine(model, device=device, max_batch=limits.max_batch),
+        max_batch=limits.max_batch,
+        cache_tokens=limits.cache_tokens,
+        prefix_tokens=limits.prefix_tokens,
+    )
+    return Service(
         name=name or checkpoint.resolve().name,
         tokenizer=tokenizer,
-        batcher=Batcher(engine, max_batch=max_batch),
+        batcher=Batcher(running, max_batch=limits.max_batch, max_queue=limits.max_queue),
         context=model.config.max_position_embeddings,
         vocab_size=width,
     )
@@ -99,7 +143,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--served-model-name", default=None, help="default: the checkpoint folder's name")
     add("--port-file", type=Path, default=None, help='gets {"port", "pid"} once it listens')
-    add("--max-batch", type=int, default=64, help="most requests generated together")
+    add("--max-batch", type=int, default=Limits.max_batch, help="requests that run together")
+    add("--max-queue", type=int, default=Limits.max_queue, help="requests that wait; more get 429")
+    add(
+        "--cache-tokens",
+        type=int,
+        default=Limits.cache_tokens,
+        help="bound of the key/value cache, rows x columns",
+    )
+    add(
+        "--prefix-cache-tokens",
+        type=int,
+        default=Limits.prefix_tokens,
+        help="bound of the prefix cache; 0 turns it off",
+    )
+    add("--threads", type=int, default=None, help="of the processor; default: 1 for a small model")
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="no access log")
     return parser
@@ -111,7 +169,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -119,7 +177,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(
-    service: ChatService, listener: socket.socket, port_file: Path | None, *, quiet: bool
+    service: Service, listener: socket.socket, port_file: Path | None, *, quiet: bool
 ) -> int:
     import uvicorn
 

@@ -12,49 +12,38 @@ from serve_helpers import (
     ADD,
     CONTEXT,
     HELLO,
-    CountingEngine,
     Scripted,
     Served,
-    running,
-    tiny_model,
+    served,
+    serving,
     tiny_tokenizer,
 )
 
 from model.batching import Batcher
 from model.errors import ModelError
-from model.generate import Generation, GenRequest
+from model.generate import GenRequest
 from model.scoring import token_logprobs
-from model.serve_app import ChatService
+from model.service import Service
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer.vocab_size + 16)
-    engine = CountingEngine(model, device="cpu", max_batch=64)
-    service = ChatService(
-        name="tiny",
-        tokenizer=tokenizer,
-        batcher=Batcher(engine, window_ms=20),
-        context=CONTEXT,
-        vocab_size=model.config.vocab_size,
-    )
-    for url in running(service):
-        yield Served(url, service, model, engine, tokenizer)
+@pytest.fixture(scope="module", name="served")
+def a_server() -> Iterator[Served]:
+    with served() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[tuple[openai.OpenAI, Scripted]]:
     tokenizer = tiny_tokenizer()
     engine = Scripted(tokenizer)
-    service = ChatService(
+    service = Service(
         name="tiny",
         tokenizer=tokenizer,
         batcher=Batcher(engine),
         context=CONTEXT,
         vocab_size=tokenizer.vocab_size,
     )
-    for url in running(service):
+    with serving(service) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), engine
 
 
@@ -198,11 +187,16 @@ def test_concurrent_requests_are_batched(served: Served) -> None:
         )
         return reply.usage.completion_tokens
 
-    before = len(getattr(served.engine, "batches", []))
+    served.runner.gate.clear()
+    served.runner.sizes.clear()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, range(16)))
-    batches = served.engine.batches[before:]
-    assert sum(batches) == 16 and len(batches) <= 8
+        asked = [pool.submit(ask, seed) for seed in range(16)]
+        served.until(lambda health: health["running"] + health["waiting"] == 16)
+        served.runner.gate.set()
+        lengths = [future.result() for future in asked]
+    # The first came alone, or with whoever came while it was read; the others join it together.
+    assert max(served.runner.sizes) >= 15 and len(served.runner.sizes) <= 41
+    assert sum(served.runner.sizes) == sum(lengths)
 
 
 def test_a_long_and_a_short_prompt_may_share_a_batch_at_the_context_limit(served: Served) -> None:
@@ -211,9 +205,9 @@ def test_a_long_and_a_short_prompt_may_share_a_batch_at_the_context_limit(served
         return GenRequest(prompt_ids=ids, max_new_tokens=new, seed=prompt)
 
     wanted = [request(CONTEXT - 10, 10), request(20, CONTEXT - 20)]
-    futures = [served.service.batcher.submit(r) for r in wanted]
+    futures = served.service.batcher.submit(wanted)
     assert [len(f.result(60).ids) for f in futures] == [10, CONTEXT - 20]
-    assert served.engine.batches[-1] == 2
+    assert 2 in served.runner.sizes
 
 
 # ---------------------------------------------------------------- requests at fault
@@ -227,8 +221,10 @@ def test_a_long_and_a_short_prompt_may_share_a_batch_at_the_context_limit(served
         ({"messages": [{"role": "robot", "content": ""}]}, 400, "unknown role 'robot'"),
         ({"temperature": -1}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"top_logprobs": 3, "logprobs": True}, 400, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"top_logprobs": 3}, 400, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty: this is not applied here"),
+        ({"response_format": {"type": "poem"}}, 400, "response_format"),
         ({"tools": [ADD, ADD]}, 400, "two tools are named 'add'"),
         ({"tools": [ADD], "tool_choice": "sometimes"}, 400, "tool_choice"),
         ({"tool_choice": "required"}, 400, "no tools"),
@@ -278,7 +274,8 @@ def test_models_and_health(served: Served) -> None:
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         served.client.models.retrieve("other")
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "model": "tiny"}
+    idle = {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
+    assert served.until(lambda health: not health["running"]) == idle
 
 
 # ---------------------------------------------------------------- replies written for the test
@@ -344,17 +341,13 @@ def test_a_call_of_an_unknown_tool_is_reported_with_the_schema(scripted) -> None
 
 def test_an_engine_failure_is_a_server_error(scripted) -> None:
     client, engine = scripted
-    engine.texts = []
-
-    def fail(requests: object) -> list[Generation]:
-        raise ModelError("out of luck")
-
-    engine.generate, kept = fail, engine.generate
+    engine.broken = ModelError("out of luck")
     try:
         with pytest.raises(openai.InternalServerError, match="generation failed: out of luck"):
             client.chat.completions.create(model="tiny", messages=HELLO)
     finally:
-        engine.generate = kept
+        engine.broken = None
+    assert say(scripted, "</think>\n\nYes.[e~[").message.content == "Yes."
 
 
 # ---------------------------------------------------------------- LangGraph, unchanged
