@@ -24,7 +24,7 @@ from selfevo.views import CampaignView
 TRAIN_S, TRAIN_START_S = 0.31, 8.0
 EVAL_S, EVAL_START_S = 0.17, 4.0
 SCRIPT_SD = 18.0  # percentile points between scripts of one policy and competition; measured 15
-AGENT_S = 15.0  # of a model's proposal a round; rules take none
+AGENT_S = 5.0  # of the bundled model's proposal a round; rules take none
 CHECKPOINT_MB = 36.0  # one training run on disk
 #: A true gain above this has not been seen: the whole way from a destroyed policy to a tuned one.
 LARGEST_GAIN = 42.0
