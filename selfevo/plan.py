@@ -19,8 +19,8 @@ from selfevo.config import EvalConfig, LabConfig
 from selfevo.gate import SeedScore
 from selfevo.views import CampaignView
 
-# One job a time on two cores without a GPU, the bundled model, the template's budget
-# (`selfevo replay runs/example --json` has the times): 45 s for 120 scripts, 9 s for 32.
+# One job a time on two cores without a GPU, the bundled model, the template's budget: 45 to 63 s
+# for 120 scripts, 9 to 14 s for 32 (`selfevo replay runs/example --json` has the latter of each).
 TRAIN_S, TRAIN_START_S = 0.31, 8.0
 EVAL_S, EVAL_START_S = 0.17, 4.0
 SCRIPT_SD = 18.0  # percentile points between scripts of one policy and competition; measured 15

@@ -55,8 +55,8 @@ def test_the_effect_is_the_one_that_the_gate_printed(tmp_path: Path) -> None:
     assert smallest_effect(variance, 2, 0, 0.05, 2) == pytest.approx(gate["smallest_effect"])
     plan = of_lab(lab, None, None)
     assert plan.sources["variance"] == "scores of this lab"
-    assert plan.train_job_s == pytest.approx(44, abs=1)
-    assert plan.score_sd == pytest.approx(math.sqrt(7.44), abs=0.1)
+    assert plan.train_job_s == pytest.approx(62.8, abs=1)
+    assert plan.score_sd == pytest.approx(math.sqrt(9.18), abs=0.1)
 
 
 def test_more_seeds_see_smaller_effects_and_cost_more() -> None:
