@@ -35,7 +35,7 @@ _LDD_S = 120
 def image_key(python: Interpreter) -> str:
     """Names what the image would hold: it changes with the interpreter and the packages."""
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    marks = [recipe, str(python.executable), str(python.library)]
+    marks = [recipe, str(python.executable), str(python.stdlib)]
     marks += [*map(str, python.folders), *_PROGRAMS]
     for folder in python.folders:
         for site in sorted(folder.glob("lib/python3*/site-packages")):
@@ -51,8 +51,8 @@ def write_image(python: Interpreter, target: Path) -> None:
     for folder in python.folders:
         for path in _walk(folder, {str(path) for path in python.hidden}):
             files.add(path)
-    if not any(python.library.is_relative_to(folder) for folder in python.folders):
-        for path in _walk(python.library, set()):  # the system's own Python
+    if not any(python.stdlib.is_relative_to(folder) for folder in python.folders):
+        for path in _walk(python.stdlib, set()):  # the system's own Python
             files.add(path)
     files.add(python.executable)
     for target_name, link in python.links:

@@ -13,7 +13,7 @@ _ASK = """
 import json, os, sys, sysconfig
 print(json.dumps({
     "prefix": sys.prefix, "base_prefix": sys.base_prefix,
-    "library": sysconfig.get_path("stdlib"),
+    "stdlib": sysconfig.get_path("stdlib"),
     "base_site": sysconfig.get_path("purelib", vars={"base": sys.base_prefix}),
 }))
 """
@@ -23,7 +23,7 @@ print(json.dumps({
 class Interpreter:
     """Folders that a Python needs, folders inside them to hide, and links on the way to it.
 
-    The folders lie outside /usr, which a sandbox shows as a whole; `library` is the standard
+    The folders lie outside /usr, which a sandbox shows as a whole; `stdlib` is the standard
     library, wherever it is.
     """
 
@@ -31,7 +31,7 @@ class Interpreter:
     folders: tuple[Path, ...]
     hidden: tuple[Path, ...]
     links: tuple[tuple[str, str], ...]
-    library: Path
+    stdlib: Path
 
     @property
     def temp(self) -> str:
@@ -67,5 +67,5 @@ def inspect_python(python: Path) -> Interpreter:
             links.append((target, str(step)))
         step = step.parent / target
     return Interpreter(
-        python, tuple(outside_usr), tuple(hidden), tuple(links), Path(facts["library"])
+        python, tuple(outside_usr), tuple(hidden), tuple(links), Path(facts["stdlib"])
     )

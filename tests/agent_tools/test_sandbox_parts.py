@@ -308,7 +308,7 @@ def test_image_holds_files_links_and_every_parent(tmp_path: Path) -> None:
         (prefix,),
         (prefix / "hidden",),
         (("x", "/opt/y"),),
-        library=tmp_path / "elsewhere",
+        stdlib=tmp_path / "elsewhere",
     )
     write_image(python, tmp_path / "image.tar")
     with tarfile.open(tmp_path / "image.tar") as archive:
