@@ -9,14 +9,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from agent_tools.errors import InfraError
 from agent_tools.sandbox.engines import make_sandbox
 from agent_tools.sandbox.inputs import Inputs
 from agent_tools.sandbox.instance import Sandbox
-from agent_tools.sandbox.isolation import require_full
+from agent_tools.sandbox.isolation import full_or_closed
 from agent_tools.sandbox.types import (
     Limits,
     PoolKind,
@@ -24,7 +22,7 @@ from agent_tools.sandbox.types import (
     ScriptJob,
     ScriptResult,
 )
-from agent_tools.sandbox.workers import START_S, Worker
+from agent_tools.sandbox.workers import START_S, Worker, report_start
 
 _MOST_OUTPUTS = 16
 
@@ -97,27 +95,17 @@ class WarmPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _serve(self, worker: Worker, ready: Future[None]) -> None:
-        try:
+        def start() -> None:
             worker.start(Limits())
             if self._sandbox.once:  # it showed that the host can; each script starts its own
                 worker.stop()
-            ready.set_result(None)
-        except (InfraError, OSError) as error:
-            ready.set_exception(
-                error if isinstance(error, InfraError) else InfraError(f"sandbox: {error}")
-            )
+
+        if not report_start(ready, start):
             return
-        finally:
-            ready.cancel()  # no effect but after an error that nobody foresaw
         try:
             while (item := self._jobs.get()) is not None:
                 job, future = item
@@ -155,10 +143,4 @@ def make_pool(
     for isolation that is not full though it must be.
     """
     pool = WarmPool(make_sandbox(kind, python, cold=cold), workers)
-    if require_full_isolation:
-        try:
-            require_full(pool.missing)
-        except SandboxError:
-            pool.close()
-            raise
-    return pool
+    return full_or_closed(pool) if require_full_isolation else pool

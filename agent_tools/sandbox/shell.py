@@ -12,7 +12,6 @@ import threading
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from agent_tools.errors import InfraError
@@ -20,7 +19,7 @@ from agent_tools.sandbox.cgroups import Cgroup
 from agent_tools.sandbox.engines import make_sandbox
 from agent_tools.sandbox.inputs import Inputs
 from agent_tools.sandbox.instance import Instance, Sandbox, memory_file
-from agent_tools.sandbox.isolation import require_full
+from agent_tools.sandbox.isolation import full_or_closed
 from agent_tools.sandbox.link import WorkerGoneError
 from agent_tools.sandbox.snapshot import MOST_BYTES, MOST_ENTRIES, check_snapshot
 from agent_tools.sandbox.types import CommandResult, Limits, PoolKind, SandboxError
@@ -28,6 +27,7 @@ from agent_tools.sandbox.workers import (
     ANSWER_GRACE_S,
     START_S,
     checked_status,
+    report_start,
     shown,
     start_instance,
     wire_limits,
@@ -149,27 +149,13 @@ class Shell:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _hold(self, sandbox: Sandbox, ready: Future[tuple[Instance, dict[str, Any]]]) -> None:
-        try:
-            instance, answer = start_instance(sandbox, 0, self._limits, "shell")
-            ready.set_result((instance, answer))
-        except (InfraError, OSError) as error:
-            ready.set_exception(
-                error if isinstance(error, InfraError) else InfraError(f"sandbox: {error}")
-            )
-            return
-        finally:
-            ready.cancel()  # no effect but after an error that nobody foresaw
-        self._stop.wait()
-        instance.stop()
+        if report_start(ready, lambda: start_instance(sandbox, 0, self._limits, "shell")):
+            self._stop.wait()
+            ready.result()[0].stop()
 
     def _limit(self, group: Cgroup) -> None:
         group.set_limits(
@@ -220,10 +206,4 @@ def open_shell(
     if kind == "process":
         raise SandboxError("sandbox kind 'process' has no shell: use 'bubblewrap' or 'docker'")
     shell = Shell(make_sandbox(kind, python), limits or Limits(cpu_seconds=10), inputs)
-    if require_full_isolation:
-        try:
-            require_full(shell.missing)
-        except SandboxError:
-            shell.close()
-            raise
-    return shell
+    return full_or_closed(shell) if require_full_isolation else shell

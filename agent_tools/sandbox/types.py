@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from agent_tools.errors import UserError
 
@@ -15,7 +15,7 @@ Status = Literal["ok", "error", "timeout", "memory", "killed", "infra"]
 PoolKind = Literal["bubblewrap", "docker", "process"]
 # What a worker is for: scripts, one shell, or showing what the host gives (it loads no packages).
 Purpose = Literal["scripts", "shell", "probe"]
-POOL_KINDS: tuple[PoolKind, ...] = ("bubblewrap", "docker", "process")
+POOL_KINDS: tuple[PoolKind, ...] = get_args(PoolKind)
 
 
 class SandboxError(UserError):

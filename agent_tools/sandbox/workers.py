@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from agent_tools.errors import InfraError
 from agent_tools.sandbox.cgroups import Cgroup, make_cgroup
@@ -14,6 +16,8 @@ from agent_tools.sandbox.inputs import KEPT_FOLDERS, InputFolder
 from agent_tools.sandbox.instance import Instance, Sandbox
 from agent_tools.sandbox.link import WorkerGoneError
 from agent_tools.sandbox.types import Limits, Purpose, ScriptJob, ScriptResult, Status
+
+Started = TypeVar("Started")
 
 START_S = 180.0
 # After the wall limit a worker must have killed, cleaned and answered; else it is replaced.
@@ -170,6 +174,20 @@ def start_instance(
         instance.stop()
         raise InfraError(sandbox.explain(log)) from error
     return instance, ready
+
+
+def report_start(ready: Future[Started], start: Callable[[], Started]) -> bool:
+    """Call `start` in this thread and tell its result, or what went wrong; True if it worked."""
+    try:
+        ready.set_result(start())
+    except (InfraError, OSError) as error:
+        ready.set_exception(
+            error if isinstance(error, InfraError) else InfraError(f"sandbox: {error}")
+        )
+        return False
+    finally:
+        ready.cancel()  # no effect but after an error that nobody foresaw
+    return True
 
 
 def wire_limits(limits: Limits) -> dict[str, Any]:
