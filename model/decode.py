@@ -5,7 +5,7 @@ Shapes: B rows, P distinct prompts, T prompt columns, S columns of the cache, V 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -122,15 +122,7 @@ class GraphDecoder:
         self.real_BS = torch.ones(batch, columns, dtype=torch.bool, device=device)
         self.column_S = torch.arange(columns, device=device)
         self.rows = batch
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.logits_BV = self._step()
+        self.graph, self.logits_BV = _captured(self._step, device)
 
     def start(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Read prompts (no more than there are rows); logits after each."""
@@ -176,15 +168,7 @@ class SlotGraph:
         self.id_B = torch.zeros(cache.rows, dtype=torch.long, device=device)
         # The trial steps write into the last column, which no row fills before its own last step.
         self.column_B = torch.full_like(self.id_B, cache.columns - 1)
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.logits_BV = self._step()
+        self.graph, self.logits_BV = _captured(self._step, device)
 
     def step(self, id_B: Tensor, column_B: Tensor) -> Tensor:
         """Logits (B, V) after one more token of the first B rows; good until the next step."""
@@ -196,6 +180,22 @@ class SlotGraph:
     def _step(self) -> Tensor:
         attend = SlotAttend(self.cache, self.column_B, self.cache.columns)
         return self.model.head(self.model.run(self.id_B, self.column_B, attend))
+
+
+def _captured(
+    step: Callable[[], Tensor], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The step as a CUDA graph, captured after two trials, and the tensor that it writes."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph, out
 
 
 def _real_columns(cache: KVCache, pad_left_B: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class PackedModel:
         """Hidden states (M, H) of flat tokens for `head`. They are normed, like those of
         `Transformer.run`, but the last norm's weight is left to `head`."""
         config = self.config
-        heads, turned = config.num_attention_heads, self.config.num_key_value_heads
-        turned += heads
+        heads = config.num_attention_heads
+        turned = heads + config.num_key_value_heads
         cos_M1D = self.cos_S1D.index_select(0, position_M)
         sin_M1D = self.sin_S1D.index_select(0, position_M)
         x_MH = F.embedding(ids_M, self.embed_VH)
