@@ -6,9 +6,8 @@ A client that goes away ends its requests, whether they run or wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,14 +16,13 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.serve_answers import Completion
 from model.serve_stream import ChatStream, TextStream
 from model.serve_types import ApiError, ChatRequest, Json, TextRequest
 from model.service import Service, failure
 
 MAX_BODY = 16 * 2**20
 _CLIENT_GONE = 499  # nobody reads it; the access log shows it
-
-Answer = TypeVar("Answer")
 
 
 def create_app(service: Service) -> FastAPI:
@@ -67,19 +65,13 @@ def create_app(service: Service) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.stream:
             return _events(ChatStream(service, body))
-        made = await _while_connected(request, service.chat(body))
-        return (
-            Response(status_code=_CLIENT_GONE) if made is None else JSONResponse(made.chat_body())
-        )
+        return await _answer(request, service.chat(body), Completion.chat_body)
 
     @app.post("/v1/completions")
     async def text(body: TextRequest, request: Request) -> Response:
         if body.stream:
             return _events(TextStream(service, body))
-        made = await _while_connected(request, service.text(body))
-        return (
-            Response(status_code=_CLIENT_GONE) if made is None else JSONResponse(made.text_body())
-        )
+        return await _answer(request, service.text(body), Completion.text_body)
 
     @app.get("/v1/models")
     async def models() -> Json:
@@ -132,12 +124,16 @@ def _events(stream: ChatStream | TextStream) -> Response:
     return StreamingResponse(stream.events(), media_type="text/event-stream", background=after)
 
 
-async def _while_connected(request: Request, work: Coroutine[None, None, Answer]) -> Answer | None:
-    """The work's result; None if the client went away first, and then the work is cancelled."""
+async def _answer(
+    request: Request, work: Coroutine[None, None, Completion], body: Callable[[Completion], Json]
+) -> Response:
+    """The work's result as `body` writes it; a client that goes away first ends the work."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        if not task.done():
+            return Response(status_code=_CLIENT_GONE)
+        return JSONResponse(body(task.result()))
     finally:
         gone.cancel()
         task.cancel()

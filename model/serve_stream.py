@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class _Sent:
     characters: int = 0  # of the tokens whose log-probs were sent
 
 
-class _Stream:
+class _Stream(ABC):
     """One request's events; the two routes differ in what they make of a choice's tokens.
 
     Raises `ApiError` at once where the request cannot be started.
@@ -141,21 +142,21 @@ class _Stream:
         choice = {"index": index, "finish_reason": None, **part}
         return event(self.head.body(self.kind) | {"choices": [choice]})
 
+    @abstractmethod
     def opening(self, index: int) -> list[Json]:
         """What a choice begins with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, index: int, sent: _Sent, piece: Piece) -> list[Json]:
         """What new tokens add to a choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, index: int, made: Generation) -> Choice:
         """The finished choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ending(self, sent: _Sent, choice: Choice) -> list[Json]:
         """What is left of the finished choice."""
-        raise NotImplementedError
 
     def entries(self, piece: Piece) -> list[TokenLogprob]:
         return self.service.entries(piece.ids, piece.logprobs, piece.top)
@@ -233,7 +234,8 @@ class TextStream(_Stream):
         sent.begun = True
         if body.max_tokens != 0:
             text = self._before(index) + before_stop(sent.text.text, self.plan.stops)
-            part = self._part(sent, rest_of(text, sent.content), self.entries(piece))
+            entries = self.entries(piece) if body.wants_logprobs else []
+            part = self._part(sent, rest_of(text, sent.content), entries)
             sent.content = text
             if body.return_token_ids:
                 part["token_ids"] = piece.ids

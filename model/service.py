@@ -83,17 +83,17 @@ class Service:
         limit = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
         # A call that a grammar spells ends by itself: a stop text would only break it.
         stops = () if forced else body.stops
+        schema = body.json_schema()
         requests = []
         for index in range(body.n or 1):
             grammar: Constraint | None = None
             if forced:
                 grammar = self._call_grammar(body, str(choice))
-            elif (schema := body.json_schema()) is not None:
+            elif schema is not None:
                 grammar = self._json_grammar(schema, chat=True)
             request = self._request(body, prompt, limit, index, grammar, stops, "messages")
             requests.append(replace(request, top_logprobs=body.top_logprobs or 0))
-        constrained = forced or body.json_schema() is not None
-        return Plan([prompt], requests, stops, tools, constrained)
+        return Plan([prompt], requests, stops, tools, forced or schema is not None)
 
     def plan_text(self, body: TextRequest) -> Plan:
         """Checks a text completion against this model; raises `ApiError`."""
@@ -135,10 +135,8 @@ class Service:
         """Queues all of a plan's requests. Raises `ApiError`."""
         try:
             return self.batcher.submit(plan.requests, listeners)
-        except BatcherClosedError as error:
-            raise ApiError(503, str(error), param=None, code="shutting_down") from error
-        except QueueFullError as error:
-            raise ApiError(429, str(error), param=None, code="queue_full") from error
+        except (BatcherClosedError, QueueFullError) as error:
+            raise failure(error) from error
         except ModelError as error:
             raise ApiError(400, str(error), param=None, code="invalid_value") from error
 
@@ -198,7 +196,7 @@ class Service:
     def text_choice(self, body: TextRequest, plan: Plan, index: int, made: Generation) -> Choice:
         """A finished continuation, behind its prompt if the request wants an echo."""
         text, ids, finish = self._text(plan, made)
-        entries = self.entries(ids, made.logprobs, made.top)
+        entries = self.entries(ids, made.logprobs, made.top) if body.wants_logprobs else []
         if body.max_tokens == 0:
             text, ids, entries, finish = "", [], [], "length"
         if body.echo:
@@ -264,7 +262,7 @@ class Service:
         try:
             self.batcher.check_room()  # before any work for it is done
         except QueueFullError as error:
-            raise ApiError(429, str(error), param=None, code="queue_full") from error
+            raise failure(error) from error
 
     def _request(
         self,
@@ -328,6 +326,8 @@ def failure(error: Exception) -> ApiError:
     """What a client is told when its reply could not be made."""
     if isinstance(error, BatcherClosedError):
         return ApiError(503, str(error), param=None, code="shutting_down")
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), param=None, code="queue_full")
     if isinstance(error, TimeoutError):
         reason = f"no reply within {REPLY_TIMEOUT_S:.0f} seconds"
         return ApiError(504, reason, param=None, code="timeout")
