@@ -4,29 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_model import CONFIG, VOCAB
 
 from model.attention import KVCache
-from model.config import PRESETS
 from model.errors import ModelError
 from model.generate import Engine, GenRequest
 from model.scoring import score_tokens, token_logprobs
 from model.transformer import Transformer
-
-VOCAB = 61
-CONFIG = replace(
-    PRESETS["nano"],
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=20,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rotary_dim=8,
-    num_local_experts=6,
-    max_position_embeddings=128,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_model import make_uneven
 
 from model.checkpoint import load_model, save_checkpoint
 from model.config import ModelConfig
@@ -53,16 +54,7 @@ SHAPES = {
 @pytest.fixture(params=SHAPES)
 def ours(request):
     """A model in which all weights matter: uneven norms, a routing bias that changes choices."""
-    model = Transformer(SHAPES[request.param], seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5, generator=generator)
-        for layer in model.layers:
-            bias = layer.block_sparse_moe.e_score_correction_bias
-            bias.uniform_(-0.5, 0.5, generator=generator)
-    return model
+    return make_uneven(Transformer(SHAPES[request.param], seed=1), 2, 0.5)
 
 
 def tokens(config, batch=3, time=19):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_model import CONFIG as SMALL
+from small_model import CONTEXT, VOCAB, make_uneven
 
 from model.attention import CausalAttend
-from model.config import PRESETS
 from model.errors import ModelError
 from model.generate import Engine, GenRequest, Row
 from model.packed import PackedModel
@@ -18,36 +19,13 @@ from model.running import RunningBatch
 from model.scoring import token_logprobs
 from model.transformer import Transformer
 
-VOCAB, CONTEXT = 61, 128
-CONFIG = replace(
-    PRESETS["nano"],
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=20,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rotary_dim=8,
-    num_local_experts=8,
-    max_position_embeddings=CONTEXT,
-    initializer_range=0.2,
-)
+CONFIG = replace(SMALL, num_local_experts=8)
 BEGINNING = tuple(i * 7 % VOCAB for i in range(3 * BLOCK + 5))
 
 
 @pytest.fixture(scope="module")
 def policy() -> Transformer:
-    model = Transformer(CONFIG, seed=0).cast(torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5, generator=generator)
-        for layer in model.layers:
-            bias = layer.block_sparse_moe.e_score_correction_bias
-            bias.uniform_(-0.2, 0.2, generator=generator)
-    return model
+    return make_uneven(Transformer(CONFIG, seed=0).cast(torch.float64), 1, 0.2)
 
 
 def requests(count: int, seed: int = 0) -> list[GenRequest]:
