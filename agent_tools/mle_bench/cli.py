@@ -23,7 +23,9 @@ from agent_tools.mle_bench.registry import (
     Suite,
     Which,
     load_competition,
+    load_config,
     load_suite,
+    ref_of,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +86,6 @@ def _list_row(suite: Suite, competition_id: str, data_dir: Path | None) -> dict[
     from dataclasses import asdict
 
     from agent_tools.mle_bench.medals import medal_thresholds
-    from agent_tools.mle_bench.registry import ref_of
 
     ref = ref_of(competition_id, suite)
     row: dict[str, Any] = {"id": ref.id, "split": ref.split, "strata": ref.strata}
@@ -109,6 +110,9 @@ def _list_row(suite: Suite, competition_id: str, data_dir: Path | None) -> dict[
 def prepare(
     suite: SuiteOption = DEFAULT_SUITE,
     competition: Annotated[str | None, typer.Option("--competition", help="only this one")] = None,
+    sealed: Annotated[
+        bool, typer.Option("--sealed", help="the sealed competitions instead of the others")
+    ] = False,
     data_dir: DataOption = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="write data_hashes.yaml instead of checking it")
@@ -119,7 +123,15 @@ def prepare(
     from agent_tools.mle_bench.prepare import data_root, prepare_competition
 
     start = time.monotonic()
-    ids = [competition] if competition else list(load_suite(suite).ids())
+    chosen = load_suite(suite)
+    refs = [ref_of(competition, chosen)] if competition else chosen.competitions
+    ids = [ref.id for ref in refs if (ref.split == "sealed") == sealed]
+    if not ids:
+        raise UserError(
+            f"{competition} is sealed: add --sealed, and read docs/offline_suite.md first"
+            if competition and not sealed
+            else f"no sealed competition among those of suite {suite}: leave out --sealed"
+        )
     states: dict[str, str] = {}
     for competition_id in ids:
         states[competition_id] = prepare_competition(competition_id, data_dir, freeze=freeze)
@@ -187,7 +199,6 @@ def fit(
 
     Resumable: scripts that have run are not run again. Exit code 1 if a field fails a check.
     """
-    from agent_tools.mle_bench.registry import ref_of
     from agent_tools.sandbox import POOL_KINDS, make_pool
 
     if sandbox not in POOL_KINDS:
@@ -196,8 +207,7 @@ def fit(
     passed = True
     with make_pool(sandbox, workers=workers) as pool:
         for competition_id in competition or chosen.ids():
-            split = ref_of(competition_id, chosen).split
-            for part in _parts(which, split):
+            for part in _parts(which, load_config(competition_id).dev):
                 item = load_competition(competition_id, data_dir, suite=chosen)
                 for row in _fit_one(item, part, pool, data_dir, check=check, refit=refit):
                     passed = passed and bool(row["passed"])
@@ -217,7 +227,6 @@ def _fit_one(
     from dataclasses import asdict
 
     from agent_tools.mle_bench import field_checks, fields
-    from agent_tools.mle_bench.recipes import field_recipes
 
     def progress(entry: fields.Entry) -> None:
         shown = entry.error if entry.score is None else f"{entry.score:.5f}"
@@ -227,7 +236,7 @@ def _fit_one(
             flush=True,
         )
 
-    recipes = field_recipes(competition.facts, fields.FIELD_SIZE)
+    recipes = fields.recipes_of(competition)
     name = "leaderboard.csv" if which == "private" else "dev_leaderboard.csv"
     if refit:
         board = COMPETITIONS / competition.id / name
@@ -247,9 +256,9 @@ def _fit_one(
         yield {"check": "headroom"} | asdict(field_checks.check_headroom(competition, pool, field))
 
 
-def _parts(which: str, split: str) -> list[Which]:
+def _parts(which: str, dev: bool) -> list[Which]:
     if which == "both":
-        return ["private", "dev"] if split == "train" else ["private"]
+        return ["private", "dev"] if dev else ["private"]
     return [_which(which)]
 
 

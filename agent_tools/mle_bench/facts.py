@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["binary", "multiclass", "regression"]
+Kind = Literal["binary", "multiclass", "regression", "text"]
 ColumnType = Literal["numeric", "categorical", "text"]
 
 
@@ -19,13 +19,14 @@ class TaskFacts:
 
     Attributes:
         kind: what is predicted.
-        metric: ``auc``, ``logloss``, ``accuracy``, ``rmse``, ``mae`` or ``rmsle``.
+        metric: ``auc``, ``logloss``, ``accuracy``, ``rmse``, ``mae``, ``rmsle`` or ``exact``.
         rows: training rows.
         numeric, categorical, text: feature columns of each type.
         levels: most distinct values in one categorical column; 0 without one.
         missing: share of feature cells that are empty, 0 to 1.
-        classes: 0 for regression.
-        skew_or_balance: skewness of a regression target; else the share of the rarest class.
+        classes: 0 for regression and for texts.
+        skew_or_balance: skewness of a regression target; else the share of the rarest class; 0
+            for texts.
         time: the test rows lie later in time than the training rows.
     """
 
@@ -57,6 +58,8 @@ def facts_of(public_dir: Path, metric: str, kind: Kind, *, time: bool = False) -
     ]
     if kind == "regression":
         classes, shape = 0, cast(float, target.skew())
+    elif kind == "text":
+        classes, shape = 0, 0.0
     else:
         shares = target.value_counts(normalize=True)
         classes, shape = len(shares), float(shares.min())

@@ -29,7 +29,7 @@ from agent_tools.mle_bench.fields import (
     work_dir,
 )
 from agent_tools.mle_bench.medals import medal_ranks, medal_thresholds, reaches
-from agent_tools.mle_bench.metrics import CEILING, METRICS
+from agent_tools.mle_bench.metrics import CEILING, METRICS, grade_values
 from agent_tools.mle_bench.recipes import Recipe
 from agent_tools.mle_bench.registry import PACKAGE, Competition, Which
 from agent_tools.sandbox import ScriptPool
@@ -38,7 +38,8 @@ HEADROOM = PACKAGE / "headroom"
 SAMPLES = 2_000
 LEAST_P = 0.95
 LEAST_ROWS = 500
-ROWS_EXCEPTION = {"vowel-speaker": 250}  # the source has no more utterances
+# the source has no more utterances
+ROWS_EXCEPTION = {"vowel-speaker": 250, "vowel-speaker-full": 250}
 DEV_LEAST_ROWS = 400
 REFIT_TOLERANCE = 0.02  # relative; other processors round differently and trees amplify it
 
@@ -93,12 +94,16 @@ def check_field(
     middle = (len(order) + 1) // 2
     folder = work_dir(competition, which, data_dir)
     answers = pd.read_csv(competition.answers(which), float_precision="round_trip")
-    tables = [
-        _aligned(submission_path(folder, order[rank - 1]), answers)
+    pairs = [
+        grade_values(
+            competition.metric,
+            pd.read_csv(submission_path(folder, order[rank - 1]), float_precision="round_trip"),
+            answers,
+        )
         for rank in (gold, bronze, middle)
     ]
     p_gold, p_bronze = beat_probabilities(
-        competition.metric, answers.iloc[:, 1:].to_numpy(float), tables, samples=samples
+        competition.metric, pairs[0][0], [predicted for _, predicted in pairs], samples=samples
     )
     rows = ROWS_EXCEPTION.get(competition.id, LEAST_ROWS) if which == "private" else DEV_LEAST_ROWS
     return FieldCheck(
@@ -151,7 +156,7 @@ def check_headroom(
     """Condition 3 on the private test, under the limits of every script.
 
     The outside solutions lie in ``headroom/``: one strong script a competition, and one default
-    boosting script for tables and one for texts.
+    boosting script for tables and one for texts, where a competition has none of its own.
     """
     lower = competition.lower_is_better
     limits = medal_thresholds(field, lower)
@@ -159,9 +164,9 @@ def check_headroom(
     strong, strong_error, _ = run_script(
         competition, "private", _script(f"{competition.id}.py.txt"), pool
     )
-    default, default_error, _ = run_script(
-        competition, "private", _script(f"default_{kind}.py.txt"), pool
-    )
+    own = f"default_{competition.id}.py.txt"
+    name = own if (HEADROOM / own).is_file() else f"default_{kind}.py.txt"
+    default, default_error, _ = run_script(competition, "private", _script(name), pool)
     takes_gold = strong is not None and reaches(strong, limits.gold, lower)
     takes_bronze = default is not None and reaches(default, limits.bronze, lower)
     return HeadroomCheck(
@@ -218,11 +223,6 @@ def refit_entries(
         close = score is not None and abs(score - committed) <= tolerance * abs(committed)
         refits.append(Refit(recipe.id, rank, committed, score, error, close))
     return refits
-
-
-def _aligned(path: Path, answers: pd.DataFrame) -> npt.NDArray[np.float64]:
-    table = pd.read_csv(path, float_precision="round_trip").set_index("id")
-    return table.loc[answers["id"], answers.columns[1:]].to_numpy(dtype=np.float64)
 
 
 def _script(name: str) -> str:

@@ -19,24 +19,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agent_tools.errors import InfraError, UserError
-from agent_tools.mle_bench.grading import score as score_submission
-from agent_tools.mle_bench.recipes import Recipe
+from agent_tools.mle_bench.grading import scores as score_submission
+from agent_tools.mle_bench.recipes import Recipe, field_recipes
 from agent_tools.mle_bench.registry import COMPETITIONS, Competition, Which
 from agent_tools.paths import data_dir as default_data_dir
 from agent_tools.paths import script_python
 from agent_tools.sandbox import Limits, ScriptJob, ScriptPool, ScriptResult
 
 FIELD_SIZE = 100
-# Those that score policies, but for the wall limit: it guards against scripts that sleep, and on a
-# busy machine would throw out scripts of a fixed field that compute within their CPU-seconds.
-LIMITS = Limits(cpu_seconds=3.0, wall_seconds=60.0)
 PACKAGES = ("numpy", "pandas", "scikit-learn")
 SUBMISSION = "submission.csv"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One fitted script. ``score`` is None where it failed, and ``error`` says how."""
+    """One fitted script. ``score`` is None where it failed, and ``error`` says how; ``folds`` are
+    the scores of the same submission on each private fold."""
 
     recipe: str
     tier: str
@@ -48,6 +46,27 @@ class Entry:
     error: str | None
     cpu_s: float
     wall_s: float
+    folds: tuple[float, ...] = ()
+
+
+def field_limits(competition: Competition) -> Limits:
+    """The limits that score policies, but for the wall limit: it guards against scripts that
+    sleep, and on a busy machine would throw out scripts of a fixed field that compute within
+    their CPU-seconds."""
+    cpu = competition.limits.cpu_seconds
+    return Limits(
+        cpu_seconds=cpu,
+        wall_seconds=max(60.0, 4 * cpu),
+        memory_mb=competition.limits.memory_mb,
+    )
+
+
+def recipes_of(competition: Competition) -> list[Recipe]:
+    """The 100 reference scripts of a competition: its own, or those written from its facts."""
+    from agent_tools.mle_bench.v1 import RECIPES
+
+    own = RECIPES.get(competition.id)
+    return own(competition.facts) if own else field_recipes(competition.facts, FIELD_SIZE)
 
 
 def fit_field(
@@ -57,7 +76,6 @@ def fit_field(
     pool: ScriptPool,
     *,
     data_dir: Path | None = None,
-    limits: Limits = LIMITS,
     progress: Callable[[Entry], None] = lambda entry: None,
 ) -> list[Entry]:
     """Entries in the order of the recipes; those in the journal with the same script are kept.
@@ -74,7 +92,7 @@ def fit_field(
         for recipe in recipes
     }
     todo = [recipe for recipe in recipes if keys[recipe.id] not in done]
-    public = competition.public(which)
+    public, limits = competition.public(which), field_limits(competition)
     futures = {
         pool.submit(ScriptJob(code=recipe.script, inputs=public, limits=limits)): recipe
         for recipe in todo
@@ -101,15 +119,15 @@ def fit_field(
 
 
 def run_script(
-    competition: Competition, which: Which, script: str, pool: ScriptPool, limits: Limits = LIMITS
+    competition: Competition, which: Which, script: str, pool: ScriptPool
 ) -> tuple[float | None, str | None, ScriptResult]:
     """Run one script in the sandbox and grade it: score or reason, and the sandbox's result."""
-    job = ScriptJob(code=script, inputs=competition.public(which), limits=limits)
+    job = ScriptJob(code=script, inputs=competition.public(which), limits=field_limits(competition))
     result = pool.run([job])[0]
     if result.status == "infra":
         raise InfraError(f"the sandbox failed: {_last_line(result.stderr)}: try again")
-    score, error = _score(competition, which, result)
-    return score, error, result
+    found, error = _score(competition, which, result)
+    return (found[0] if found else None), error, result
 
 
 def write_leaderboard(
@@ -133,11 +151,15 @@ def write_leaderboard(
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["score", "recipe", "tier", "seed", "cpu_s", "script", "data", *versions])
-        for entry in ranked(entries, competition.lower_is_better):
+        order = ranked(entries, competition.lower_is_better)
+        folds = [f"fold_{k}" for k in range(len(order[0].folds))]
+        columns = ["recipe", "tier", "seed", "cpu_s", "script", "data"]
+        writer.writerow(["score", *folds, *columns, *versions])
+        for entry in order:
             writer.writerow(
                 [
                     f"{entry.score:.5f}",
+                    *(f"{value:.5f}" for value in entry.folds),
                     *(entry.recipe, entry.tier, entry.seed, f"{entry.cpu_s:.2f}"),
                     *(entry.script, entry.data, *versions.values()),
                 ]
@@ -169,11 +191,15 @@ def script_digest(script: str) -> str:
 
 
 def data_digest(competition: Competition, which: Which) -> str:
-    """The same over the training table, the test table and the answers."""
+    """The same over training table, test table, answers, and whatever more is public."""
     digest = hashlib.sha256()
     public = competition.public(which)
     for path in (public / "train.csv", public / "test.csv", competition.answers(which)):
         digest.update(path.read_bytes())
+    named = ("train.csv", "test.csv", "sample_submission.csv", "description.md")
+    for path in sorted(public.rglob("*")):
+        if path.is_file() and path.relative_to(public).as_posix() not in named:
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -198,7 +224,7 @@ def script_versions() -> dict[str, str]:
 def _entry(
     competition: Competition, which: Which, recipe: Recipe, result: ScriptResult, data: str
 ) -> Entry:
-    score, error = _score(competition, which, result)
+    found, error = _score(competition, which, result)
     return Entry(
         recipe=recipe.id,
         tier=recipe.tier,
@@ -206,21 +232,24 @@ def _entry(
         script=script_digest(recipe.script),
         data=data,
         status=result.status,
-        score=score,
+        score=found[0] if found else None,
         error=error,
         cpu_s=round(result.cpu_s, 3),
         wall_s=round(result.wall_s, 3),
+        folds=tuple(found[1:]),
     )
 
 
 def _score(
     competition: Competition, which: Which, result: ScriptResult
-) -> tuple[float | None, str | None]:
+) -> tuple[list[float], str | None]:
+    """The score on the whole test and on each private fold."""
     if result.status != "ok":
-        return None, f"{result.status}: {_last_line(result.stderr)}"
+        return [], f"{result.status}: {_last_line(result.stderr)}"
     if SUBMISSION not in result.files:
-        return None, f"no {SUBMISSION} was written"
-    return score_submission(competition, result.files[SUBMISSION], which)
+        return [], f"no {SUBMISSION} was written"
+    folds = range(competition.folds if which == "private" and competition.folds > 1 else 0)
+    return score_submission(competition, result.files[SUBMISSION], which, (None, *folds))
 
 
 def _key(entry: Entry) -> tuple[str, int, str, str]:
@@ -242,7 +271,8 @@ def _read_journal(path: Path) -> list[Entry]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    return [Entry(**json.loads(line)) for line in whole.splitlines()]
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return [Entry(**row | {"folds": tuple(row.get("folds", ()))}) for row in rows]
 
 
 def _last_line(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -19,8 +20,8 @@ import pandas as pd
 
 from agent_tools.errors import UserError
 from agent_tools.mle_bench.medals import medal_thresholds, percentile, reaches
-from agent_tools.mle_bench.metrics import InvalidSubmissionError
-from agent_tools.mle_bench.registry import Competition, Which
+from agent_tools.mle_bench.metrics import InvalidSubmissionError, id_text
+from agent_tools.mle_bench.registry import FOLDS_FILE, Competition, Which
 
 DIGITS = 5  # scores are rounded before ranking, thresholds are not: MLE-bench's rule
 # A submission is refused above this many bytes a row of the answers (plus a small allowance):
@@ -54,6 +55,7 @@ class GradeReport:
     median_threshold: float
     is_lower_better: bool
     submission_exists: bool
+    fold: int | None = None  # a private fold and its own field; None is the whole test
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -61,36 +63,78 @@ class GradeReport:
 
 
 def grade(
-    competition: Competition, submission: Path | bytes, which: Which = "private"
+    competition: Competition,
+    submission: Path | bytes,
+    which: Which = "private",
+    fold: int | None = None,
 ) -> GradeReport:
     """Grade a CSV file, or its bytes, against the private or dev answers and their field.
 
-    A path that does not exist is "no submission": invalid, ``submission_exists`` False. Raises
-    `UserError` where the competition has no such split or no leaderboard.
+    A submission always covers the whole test; with `fold` only the rows of that private fold are
+    scored, among the same field on that fold. A path that does not exist is "no submission":
+    invalid, ``submission_exists`` False. Raises `UserError` where the competition has no such
+    split or fold, or no leaderboard.
     """
-    return report(competition, *score(competition, submission, which), which=which)
+    value, error = score(competition, submission, which, fold)
+    return report(competition, value, error, which=which, fold=fold)
 
 
 def score(
-    competition: Competition, submission: Path | bytes, which: Which = "private"
+    competition: Competition,
+    submission: Path | bytes,
+    which: Which = "private",
+    fold: int | None = None,
 ) -> tuple[float | None, str | None]:
     """The rounded score and None, or None and the reason; needs no leaderboard."""
+    parts = (None,) if fold is None else (fold,)
+    values, error = scores(competition, submission, which, parts)
+    return (values[0] if values else None), error
+
+
+def scores(
+    competition: Competition,
+    submission: Path | bytes,
+    which: Which = "private",
+    parts: Sequence[int | None] = (None,),
+) -> tuple[list[float], str | None]:
+    """Rounded scores of several parts of the test (None: the whole) from one reading of the file.
+
+    Empty, with the reason, for an invalid submission: one fault anywhere makes all parts invalid.
+    """
     answers = _answers(competition.answers(which))
+    grade_fn = _grade_fn(competition.grade_fn)
+    values = []
     try:
         table = _read_submission(submission, len(answers))
-        value = _grade_fn(competition.grade_fn)(table, answers)
-        if not math.isfinite(value):
-            raise InvalidSubmissionError("the score is not a finite number")
+        whole = grade_fn(table, answers)
+        for part in parts:
+            value = whole
+            if part is not None:
+                competition.check_fold(which, part)
+                key = answers.columns[0]
+                ids = _fold_ids(competition.private_dir / FOLDS_FILE, part)
+                value = grade_fn(
+                    table[id_text(table[key]).isin(ids)],
+                    answers[id_text(answers[key]).isin(ids)],
+                )
+            if not math.isfinite(value):
+                raise InvalidSubmissionError("the score is not a finite number")
+            values.append(round(float(value), DIGITS))
     except InvalidSubmissionError as error:
-        return None, _printable(str(error))
-    return round(float(value), DIGITS), None
+        return [], _printable(str(error))
+    return values, None
 
 
 def report(
-    competition: Competition, value: float | None, error: str | None, *, which: Which
+    competition: Competition,
+    value: float | None,
+    error: str | None,
+    *,
+    which: Which,
+    fold: int | None = None,
 ) -> GradeReport:
     """Rank a score (None is invalid) in the competition's field."""
-    field = competition.field(which)
+    field = competition.field(which, fold)
     lower = competition.lower_is_better
     limits = medal_thresholds(field, lower)
     valid = value is not None
@@ -116,6 +160,7 @@ def report(
         median_threshold=limits.median,
         is_lower_better=lower,
         submission_exists=error != NO_SUBMISSION,
+        fold=fold,
     )
 
 
@@ -162,6 +207,16 @@ def _answers(path: Path) -> pd.DataFrame:
             f"no answers at {path}: run `python -m agent_tools.mle_bench prepare`"
         ) from None
     return _read_answers(path, stamp)
+
+
+def _fold_ids(path: Path, fold: int) -> frozenset[str]:
+    return _read_fold_ids(path, path.stat().st_mtime_ns, fold)
+
+
+@lru_cache(maxsize=64)
+def _read_fold_ids(path: Path, modified_ns: int, fold: int) -> frozenset[str]:
+    table = pd.read_csv(path, dtype={"id": str})
+    return frozenset(table["id"][table["fold"] == fold])
 
 
 @lru_cache(maxsize=32)

@@ -31,14 +31,44 @@ def grade_with(
     Rows may come in any order. Raises `InvalidSubmissionError`; an answers file without
     ``id_column`` is our own fault and an assertion, as in MLE-bench.
     """
+    true, predicted = grade_values(metric, submission, answers, id_column=id_column)
+    with np.errstate(over="ignore"):  # absurdly large predictions score inf, which is invalid
+        return METRICS[metric](true, predicted)
+
+
+def text_values(
+    submission: pd.DataFrame, answers: pd.DataFrame, *, id_column: str = "id"
+) -> tuple[Array, Array]:
+    """Ones, and 1 where a row's text equals the answer's, 0 where not: (rows, 1) each.
+
+    A missing value equals a missing value only: MLE-bench reads the words NA and null as missing
+    on both sides.
+    """
+    assert id_column in answers.columns, f"answers need a column {id_column}"
+    (name,) = (name for name in answers.columns if name != id_column)
+    rows = _lined_up(submission, answers, id_column, [name])
+    given, wanted = rows[name].reset_index(drop=True), answers[name].reset_index(drop=True)
+    same = given.astype(str).eq(wanted.astype(str)) & given.isna().eq(wanted.isna())
+    right: Array = np.asarray(same, dtype=np.float64)[:, None]
+    return np.ones_like(right), right
+
+
+def grade_values(
+    metric: str, submission: pd.DataFrame, answers: pd.DataFrame, *, id_column: str = "id"
+) -> tuple[Array, Array]:
+    """The answers and the checked predictions, lined up: (rows, columns) each.
+
+    For whoever needs more than the score: folds and losses. Raises `InvalidSubmissionError`.
+    """
+    if metric == "exact":
+        return text_values(submission, answers, id_column=id_column)
     assert id_column in answers.columns, f"answers need a column {id_column}"
     names = [name for name in answers.columns if name != id_column]
     rows = _lined_up(submission, answers, id_column, names)
     predicted = np.column_stack([_numbers(rows[name], name) for name in names])
-    true = answers[names].to_numpy(dtype=np.float64)
+    true: Array = np.asarray(answers[names], dtype=np.float64)
     _check_range(metric, predicted)
-    with np.errstate(over="ignore"):  # absurdly large predictions score inf, which is invalid
-        return METRICS[metric](true, predicted)
+    return true, predicted
 
 
 def _lined_up(
@@ -56,13 +86,18 @@ def _lined_up(
     ids = submission[id_column]
     if ids.duplicated().any():
         raise InvalidSubmissionError(f"duplicate value in {id_column!r}")
-    if ids.dtype.kind == "f" and (ids.abs() < 2**53).all() and (ids % 1 == 0).all():
-        ids = ids.astype("int64")  # pandas writes whole numbers as 7.0 after some joins
-    # Compared as text, so that no cast can fail or round.
-    order = pd.Index(ids.astype(str)).get_indexer(pd.Index(answers[id_column].astype(str)))
+    order = pd.Index(id_text(ids)).get_indexer(pd.Index(id_text(answers[id_column])))
     if (order < 0).any():
         raise InvalidSubmissionError(f"values of {id_column!r} differ from those of the test set")
-    return submission.iloc[order]
+    lined_up: pd.DataFrame = submission.iloc[order]
+    return lined_up
+
+
+def id_text(ids: pd.Series) -> pd.Series:
+    """Ids as text, so that comparing them can neither fail nor round."""
+    if ids.dtype.kind == "f" and (ids.abs() < 2**53).all() and (ids % 1 == 0).all():
+        ids = ids.astype("int64")  # pandas writes whole numbers as 7.0 after some joins
+    return ids.astype(str)
 
 
 def _listed(names: list[str]) -> str:
@@ -142,6 +177,11 @@ def accuracy(true: Array, predicted: Array) -> float:
     return float(np.mean(true.argmax(axis=1) == predicted.argmax(axis=1)))
 
 
+def exact(true: Array, predicted: Array) -> float:
+    """Share of right rows, from what `text_values` gives."""
+    return float(np.mean(true == predicted))
+
+
 METRICS: dict[str, Metric] = {
     "auc": auc,
     "logloss": logloss,
@@ -149,6 +189,7 @@ METRICS: dict[str, Metric] = {
     "rmse": rmse,
     "mae": mae,
     "rmsle": rmsle,
+    "exact": exact,
 }
 LOWER_IS_BETTER = {
     "auc": False,
@@ -157,5 +198,14 @@ LOWER_IS_BETTER = {
     "rmse": True,
     "mae": True,
     "rmsle": True,
+    "exact": False,
 }
-CEILING = {"auc": 1.0, "logloss": 0.0, "accuracy": 1.0, "rmse": 0.0, "mae": 0.0, "rmsle": 0.0}
+CEILING = {
+    "auc": 1.0,
+    "logloss": 0.0,
+    "accuracy": 1.0,
+    "rmse": 0.0,
+    "mae": 0.0,
+    "rmsle": 0.0,
+    "exact": 1.0,
+}

@@ -19,14 +19,14 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from agent_tools.errors import InfraError, UserError
-from agent_tools.mle_bench.registry import Config, competition_dir, load_config, ref_of
+from agent_tools.mle_bench.registry import Config, competition_dir, load_config
 from agent_tools.paths import data_dir as default_data_dir
 from agent_tools.paths import prepare_python, repo_root
 
 Hashes = dict[str, dict[str, str]]  # folder ("raw", "prepared/public", …) -> file -> SHA-256
 
 HASH_FILE = "data_hashes.yaml"
-PREPARE_SECONDS = 300
+PREPARE_SECONDS = 600
 LOCK_SECONDS = 600
 DEV_FIT, DEV_SCORE = 600, 400
 # -I keeps the caller's environment and working folder out; the repository is the only addition.
@@ -88,7 +88,7 @@ def _make(config: Config, scratch: Path, expected: Hashes | None) -> Hashes:
         )
     _run_prepare(config, raw, scratch / "prepared")
     shutil.rmtree(raw)
-    if ref_of(config.id).split == "train":
+    if config.dev:
         _make_dev(config, scratch)
     for folder in (scratch / "prepared", scratch / "dev"):
         if folder.is_dir():
@@ -150,7 +150,7 @@ def _make_dev(config: Config, scratch: Path) -> None:
 
 
 def _source(config: Config, source: str) -> Path:
-    """A file of the prepare environment: ``site-packages/…`` or ``sdists/…``."""
+    """A file of the prepare environment: ``site-packages/…``, ``sdists/…`` or ``npm/…``."""
     venv = prepare_python().parent.parent
     area, _, rest = source.partition("/")
     if area == "site-packages":
@@ -161,7 +161,7 @@ def _source(config: Config, source: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"{config.id}: source file {source} is not in {venv}: install the prepare "
-            "environment with `make setup` (see prepare_requirements.txt)"
+            "environment with `make setup`, for offline-v1 and practice-v1 with `make setup-v1`"
         )
     return path
 
@@ -180,11 +180,23 @@ def _hash_tree(base: Path) -> Hashes:
 
 
 def _hash_folder(folder: Path) -> dict[str, str]:
+    """One digest a file; one for all of a sub-folder, which may hold thousands of images."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name + "/" * path.is_dir(): _digest(path)
         for path in sorted(folder.iterdir())
         if path.name != "description.md"
     }
+
+
+def _digest(path: Path) -> str:
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    whole = hashlib.sha256()
+    for inner in sorted(path.rglob("*")):
+        if inner.is_file():
+            name = inner.relative_to(path).as_posix()
+            whole.update(f"{name}\0{hashlib.sha256(inner.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
 def _without_raw(hashes: Hashes) -> Hashes:

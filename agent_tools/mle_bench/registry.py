@@ -18,9 +18,11 @@ PACKAGE = Path(__file__).resolve().parent
 COMPETITIONS = PACKAGE / "competitions"
 SUITES = PACKAGE / "suites"
 DEFAULT_SUITE = "offline-small-v0"
+FOLDS_FILE = "folds.csv"
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "sealed"]
 Which = Literal["private", "dev"]
+Answer = Literal["number", "text"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,25 @@ class CompetitionRef:
 
 
 @dataclass(frozen=True)
+class ScriptLimits:
+    """What one script of a suite may use: the same for its field and for whoever is scored."""
+
+    cpu_seconds: float = 3.0
+    memory_mb: int = 1536
+
+
+@dataclass(frozen=True)
 class Suite:
-    """A named, versioned list of competitions; suites are never mixed in one comparison."""
+    """A named, versioned list of competitions; suites are never mixed in one comparison.
+
+    `medals` False: too small a field for the medal rule, only percentiles are reported.
+    """
 
     name: str
     version: int
     competitions: tuple[CompetitionRef, ...]
+    limits: ScriptLimits = ScriptLimits()
+    medals: bool = True
 
     def ids(self, split: Split | None = None) -> tuple[str, ...]:
         """Ids in the suite's order, of one split or of all."""
@@ -47,7 +62,11 @@ class Suite:
 
 @dataclass(frozen=True)
 class Config:
-    """The parts of a competition's ``config.yaml`` that we read."""
+    """The parts of a competition's ``config.yaml`` that we read.
+
+    `dev`: public rows are split once more into rows to fit and rows to score. `folds`: disjoint
+    parts of the private test that are ranked on their own (1: there is only the whole).
+    """
 
     id: str
     name: str
@@ -57,6 +76,9 @@ class Config:
     metric: str
     time: bool
     raw: tuple[str, ...]
+    dev: bool
+    answer: Answer = "number"
+    folds: int = 1
 
     @property
     def folder(self) -> Path:
@@ -69,7 +91,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Competition:
-    """A prepared competition. Leaderboards are best first; empty or None before they are fitted."""
+    """A prepared competition. Leaderboards are best first; empty or None before they are fitted.
+
+    `fold_leaderboards`: the same field, scored on one private fold each; empty for one fold.
+    """
 
     id: str
     split: Split
@@ -85,6 +110,11 @@ class Competition:
     dev_leaderboard: tuple[float, ...] | None
     description: str
     facts: TaskFacts
+    suite: str = DEFAULT_SUITE
+    answer: Answer = "number"
+    folds: int = 1
+    fold_leaderboards: tuple[tuple[float, ...], ...] = ()
+    limits: ScriptLimits = ScriptLimits()
 
     def public(self, which: Which) -> Path:
         """Folder of train.csv, test.csv and sample_submission.csv; `UserError` without dev."""
@@ -95,11 +125,14 @@ class Competition:
         folder = self.private_dir if which == "private" else self._dev(self.dev_private_dir)
         return folder / "test.csv"
 
-    def field(self, which: Which) -> tuple[float, ...]:
+    def field(self, which: Which, fold: int | None = None) -> tuple[float, ...]:
         """The leaderboard that scores are ranked in; `UserError` if it has not been fitted."""
         scores = self.leaderboard if which == "private" else self.dev_leaderboard
         if which == "dev":
             self._dev(self.dev_public_dir)
+        if fold is not None:
+            self.check_fold(which, fold)
+            scores = self.fold_leaderboards[fold] if self.fold_leaderboards else ()
         if not scores:
             raise UserError(
                 f"{self.id} has no {which} leaderboard: run `python -m agent_tools.mle_bench fit "
@@ -107,11 +140,17 @@ class Competition:
             )
         return scores
 
+    def check_fold(self, which: Which, fold: int) -> None:
+        """`UserError` unless the private test has a fold of this number."""
+        if which != "private" or not 0 <= fold < self.folds or self.folds == 1:
+            raise UserError(
+                f"{self.id} ({which}) has no fold {fold}: "
+                + (f"give 0 to {self.folds - 1}" if self.folds > 1 else "leave it out")
+            )
+
     def _dev(self, folder: Path | None) -> Path:
         if folder is None:
-            raise UserError(
-                f"{self.id} is a {self.split} competition and has no dev split: use `private`"
-            )
+            raise UserError(f"{self.id} ({self.split}) has no dev split: use `private`")
         return folder
 
 
@@ -131,7 +170,13 @@ def load_suite(name: str = DEFAULT_SUITE) -> Suite:
         raise UserError(f"no suite {name!r}: choose one of {', '.join(suite_names())}")
     data = _read_yaml(SUITES / f"{name}.yaml")
     refs = tuple(CompetitionRef(**entry) for entry in data["competitions"])
-    return Suite(name=data["name"], version=int(data["version"]), competitions=refs)
+    return Suite(
+        name=data["name"],
+        version=int(data["version"]),
+        competitions=refs,
+        limits=ScriptLimits(**data.get("limits", {})),
+        medals=bool(data.get("medals", True)),
+    )
 
 
 def load_config(competition_id: str) -> Config:
@@ -151,18 +196,28 @@ def load_config(competition_id: str) -> Config:
         metric=ours["metric"],
         time=bool(ours["time"]),
         raw=tuple(ours["raw"]),
+        dev=bool(ours["dev"]),
+        answer=cast(Answer, ours.get("answer", "number")),
+        folds=int(ours.get("folds", 1)),
     )
 
 
+def suite_of(competition_id: str) -> Suite:
+    """The suite that a competition belongs to; `UserError` if none has it."""
+    for name in suite_names():
+        suite = load_suite(name)
+        if competition_id in suite.ids():
+            return suite
+    raise UserError(f"competition {competition_id!r} is not in any suite")
+
+
 def ref_of(competition_id: str, suite: Suite | None = None) -> CompetitionRef:
-    """The suite's line for a competition; without a suite, that of the first which has it."""
-    suites = [suite] if suite else [load_suite(name) for name in suite_names()]
-    for candidate in suites:
-        for ref in candidate.competitions:
-            if ref.id == competition_id:
-                return ref
-    where = f"suite {suite.name}" if suite else "any suite"
-    raise UserError(f"competition {competition_id!r} is not in {where}")
+    """The suite's line for a competition; without a suite, that of the one which has it."""
+    suite = suite or suite_of(competition_id)
+    for ref in suite.competitions:
+        if ref.id == competition_id:
+            return ref
+    raise UserError(f"competition {competition_id!r} is not in suite {suite.name}")
 
 
 def load_competition(
@@ -174,23 +229,26 @@ def load_competition(
     missing data, or a leaderboard that is broken or sorted the wrong way.
     """
     config = load_config(competition_id)
+    suite = suite or suite_of(competition_id)
     ref = ref_of(competition_id, suite)
     base = competition_dir(competition_id, data_dir)
     public, private = base / "prepared" / "public", base / "prepared" / "private"
     needed = [public / "train.csv", private / "test.csv"]
+    if config.folds > 1:
+        needed.append(private / FOLDS_FILE)
     dev_public = dev_private = None
-    if ref.split == "train":
+    if config.dev:
         dev_public, dev_private = base / "dev" / "public", base / "dev" / "private"
         needed += [dev_public / "train.csv", dev_private / "test.csv"]
     for path in needed:
         if not path.is_file():
-            suite_name = suite.name if suite else DEFAULT_SUITE
             raise UserError(
                 f"{competition_id} is not prepared (no {path}): run "
-                f"`python -m agent_tools.mle_bench prepare --suite {suite_name}`"
+                f"`python -m agent_tools.mle_bench prepare --suite {suite.name}`"
             )
+    board_file = config.folder / "leaderboard.csv"
     dev_board = None
-    if ref.split == "train":
+    if config.dev:
         dev_board = read_leaderboard(config.folder / "dev_leaderboard.csv", config.lower_is_better)
     return Competition(
         id=config.id,
@@ -203,16 +261,36 @@ def load_competition(
         private_dir=private,
         dev_public_dir=dev_public,
         dev_private_dir=dev_private,
-        leaderboard=read_leaderboard(config.folder / "leaderboard.csv", config.lower_is_better),
+        leaderboard=read_leaderboard(board_file, config.lower_is_better),
         dev_leaderboard=dev_board,
         description=(config.folder / "description.md").read_text(encoding="utf-8"),
         facts=facts_of(public, config.metric, config.kind, time=config.time),
+        suite=suite.name,
+        answer=config.answer,
+        folds=config.folds,
+        fold_leaderboards=_fold_leaderboards(board_file, config),
+        limits=suite.limits,
     )
 
 
 def competition_dir(competition_id: str, data_dir: Path | None = None) -> Path:
     """``<data>/competitions/<id>``, which may not exist."""
     return (data_dir or default_data_dir()) / "competitions" / competition_id
+
+
+def _fold_leaderboards(path: Path, config: Config) -> tuple[tuple[float, ...], ...]:
+    """The columns ``fold_0``, ``fold_1``, …, each best first; empty before the field is fitted."""
+    if config.folds == 1 or not path.is_file():
+        return ()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        columns = [[float(row[f"fold_{k}"]) for row in rows] for k in range(config.folds)]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: needs columns fold_0 to fold_{config.folds - 1} of numbers: refit it"
+        ) from None
+    return tuple(tuple(sorted(c, reverse=not config.lower_is_better)) for c in columns)
 
 
 def read_leaderboard(path: Path, lower_is_better: bool) -> tuple[float, ...]:
