@@ -45,7 +45,7 @@ def trainable_ids(suite_name: str, wanted: Iterable[str] = ()) -> tuple[str, ...
 
 def refuse_held_out_text(text: str, where: str, held_out: Iterable[str]) -> None:
     """Raise SplitError if a training text names a competition of `held_out`."""
-    for competition in sorted(held_out):
+    for competition in sorted(held_out, key=lambda id: (-len(id), id)):  # the most exact name
         if competition in text:
             raise SplitError(
                 f"{where} names the held-out competition {competition!r}; remove that record"
