@@ -29,6 +29,7 @@ from agent_tools.mle_bench.registry import (
 )
 
 if TYPE_CHECKING:
+    from agent_tools.mle_bench.audit import Finding
     from agent_tools.sandbox import ScriptPool
 
 app = typer.Typer(
@@ -187,7 +188,7 @@ def fit(
         str, typer.Option("--sandbox", help="bubblewrap, docker or process")
     ] = "bubblewrap",
     check: Annotated[
-        bool, typer.Option("--check", help="also test headroom; writes no leaderboard")
+        bool, typer.Option("--check", help="only check; writes no leaderboard and no losses")
     ] = False,
     refit: Annotated[
         bool, typer.Option("--refit", help="only refit three committed entries and compare")
@@ -251,9 +252,40 @@ def _fit_one(
         print(f"wrote {path}", file=sys.stderr)
     figures = field_checks.check_field(competition, which, entries, data_dir=data_dir)
     yield {"check": "field"} | asdict(figures)
-    if check and which == "private":
+    if which == "private":
+        outside = field_checks.run_outside(competition, pool)
+        if not check:
+            path = field_checks.write_losses(competition, entries, outside, data_dir=data_dir)
+            print(f"wrote {path}", file=sys.stderr)
         field = [entry.score for entry in entries if entry.score is not None]
-        yield {"check": "headroom"} | asdict(field_checks.check_headroom(competition, pool, field))
+        headroom = field_checks.check_headroom(competition, outside, field)
+        yield {"check": "headroom"} | asdict(headroom)
+
+
+@app.command()
+def audit(suite: SuiteOption = "offline-v1", as_json: JsonOption = False) -> None:
+    """Recompute a suite's fairness rules from its committed files; exit code 1 if one is broken."""
+    from dataclasses import asdict
+
+    from agent_tools.mle_bench import audit as audits
+
+    findings = audits.audit(load_suite(suite))
+    if as_json:
+        print(json.dumps({"suite": suite, "findings": [asdict(f) for f in findings]}))
+    else:
+        rules = list(dict.fromkeys(f.rule for f in findings))
+        print(f"{'competition':22}" + "".join(f"{rule:>17}" for rule in rules))
+        for name in dict.fromkeys(f.competition for f in findings):
+            own = {f.rule: f for f in findings if f.competition == name}
+            cells = (_audit_cell(own[rule]) if rule in own else "" for rule in rules)
+            print(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells))
+        print("! broken   * listed exception")
+    raise typer.Exit(0 if all(f.ok for f in findings) else 1)
+
+
+def _audit_cell(finding: Finding) -> str:
+    mark = "" if finding.passed else "*" if finding.excepted else "!"
+    return f"{finding.value:.5g}{mark}"
 
 
 def _parts(which: str, dev: bool) -> list[Which]:

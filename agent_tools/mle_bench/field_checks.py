@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pandas as pd
 
 from agent_tools.errors import UserError
 from agent_tools.mle_bench.fields import (
+    SUBMISSION,
     Entry,
     ranked,
     run_script,
@@ -28,10 +30,11 @@ from agent_tools.mle_bench.fields import (
     submission_path,
     work_dir,
 )
+from agent_tools.mle_bench.losses import LOSSES_FILE, Name, field_ranks, of_predictions, write
 from agent_tools.mle_bench.medals import medal_ranks, medal_thresholds, reaches
 from agent_tools.mle_bench.metrics import CEILING, METRICS, grade_values
 from agent_tools.mle_bench.recipes import Recipe
-from agent_tools.mle_bench.registry import PACKAGE, Competition, Which
+from agent_tools.mle_bench.registry import PACKAGE, Competition, Which, load_config
 from agent_tools.sandbox import ScriptPool
 
 HEADROOM = PACKAGE / "headroom"
@@ -150,35 +153,96 @@ def beat_probabilities(
     return [float(share) for share in wins / samples]
 
 
-def check_headroom(
-    competition: Competition, pool: ScriptPool, field: Sequence[float]
-) -> HeadroomCheck:
-    """Condition 3 on the private test, under the limits of every script.
+@dataclass(frozen=True)
+class Outside:
+    """A solution that is not in the field: its private score, or the reason why it has none."""
 
-    The outside solutions lie in ``headroom/``: one strong script a competition, and one default
-    boosting script for tables and one for texts, where a competition has none of its own.
+    score: float | None
+    error: str | None
+    submission: bytes
+
+
+def run_outside(competition: Competition, pool: ScriptPool) -> dict[Name, Outside]:
+    """Run the outside solutions on the private test, under the limits of every script.
+
+    They lie in ``headroom/``: one strong script a competition, and one default boosting script
+    for tables and one for texts, where a competition has none of its own.
     """
+    kind = "text" if competition.facts.text else "table"
+    own = f"default_{competition.id}.py.txt"
+    scripts: dict[Name, str] = {
+        "strong": f"{competition.id}.py.txt",
+        "default": own if (HEADROOM / own).is_file() else f"default_{kind}.py.txt",
+    }
+    found: dict[Name, Outside] = {}
+    for name, file in scripts.items():
+        text = (HEADROOM / file).read_text(encoding="utf-8")
+        score, error, result = run_script(competition, "private", text, pool)
+        found[name] = Outside(score, error, result.files.get(SUBMISSION, b""))
+    return found
+
+
+def check_headroom(
+    competition: Competition, outside: Mapping[Name, Outside], field: Sequence[float]
+) -> HeadroomCheck:
+    """Condition 3, from the scores of a field and of the outside solutions."""
     lower = competition.lower_is_better
     limits = medal_thresholds(field, lower)
-    kind = "text" if competition.facts.text else "table"
-    strong, strong_error, _ = run_script(
-        competition, "private", _script(f"{competition.id}.py.txt"), pool
-    )
-    own = f"default_{competition.id}.py.txt"
-    name = own if (HEADROOM / own).is_file() else f"default_{kind}.py.txt"
-    default, default_error, _ = run_script(competition, "private", _script(name), pool)
-    takes_gold = strong is not None and reaches(strong, limits.gold, lower)
-    takes_bronze = default is not None and reaches(default, limits.bronze, lower)
+    strong, default = outside["strong"], outside["default"]
+    takes_gold = strong.score is not None and reaches(strong.score, limits.gold, lower)
+    takes_bronze = default.score is not None and reaches(default.score, limits.bronze, lower)
     return HeadroomCheck(
         competition=competition.id,
-        strong=strong,
+        strong=strong.score,
         strong_gold=takes_gold,
-        strong_error=strong_error,
-        default=default,
+        strong_error=strong.error,
+        default=default.score,
         default_bronze=takes_bronze,
-        default_error=default_error,
-        passed=takes_gold and default is not None and not takes_bronze,
+        default_error=default.error,
+        passed=takes_gold and default.score is not None and not takes_bronze,
     )
+
+
+def write_losses(
+    competition: Competition,
+    entries: Sequence[Entry],
+    outside: Mapping[Name, Outside],
+    *,
+    data_dir: Path | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Write the per-row losses that `audit` needs into the competition's folder.
+
+    Raises `UserError` where an outside solution has no score.
+    """
+    for name, solution in outside.items():
+        if solution.score is None:
+            raise UserError(f"{competition.id}: the {name} solution failed ({solution.error})")
+    order = ranked(entries, competition.lower_is_better)
+    work = work_dir(competition, "private", data_dir)
+    files = {
+        name: submission_path(work, order[rank - 1]).read_bytes()
+        for name, rank in field_ranks(len(order)).items()
+    } | {name: solution.submission for name, solution in outside.items()}
+    answers = pd.read_csv(competition.answers("private"), float_precision="round_trip")
+    pairs = {
+        name: grade_values(
+            competition.metric,
+            pd.read_csv(io.BytesIO(data), float_precision="round_trip"),
+            answers,
+        )
+        for name, data in files.items()
+    }
+    config = load_config(competition.id)
+    losses = of_predictions(
+        competition.metric,
+        pairs["gold"][0],
+        {name: predicted for name, (_, predicted) in pairs.items()},
+        block=config.block,
+    )
+    path = (folder or config.folder) / LOSSES_FILE
+    write(path, losses)
+    return path
 
 
 @dataclass(frozen=True)
@@ -223,7 +287,3 @@ def refit_entries(
         close = score is not None and abs(score - committed) <= tolerance * abs(committed)
         refits.append(Refit(recipe.id, rank, committed, score, error, close))
     return refits
-
-
-def _script(name: str) -> str:
-    return (HEADROOM / name).read_text(encoding="utf-8")

@@ -43,6 +43,16 @@ class ScriptLimits:
 
 
 @dataclass(frozen=True)
+class SuiteException:
+    """A rule of the audit that a competition is known to break, with the number it has."""
+
+    id: str
+    rule: str
+    value: float
+    why: str
+
+
+@dataclass(frozen=True)
 class Suite:
     """A named, versioned list of competitions; suites are never mixed in one comparison.
 
@@ -54,6 +64,7 @@ class Suite:
     competitions: tuple[CompetitionRef, ...]
     limits: ScriptLimits = ScriptLimits()
     medals: bool = True
+    exceptions: tuple[SuiteException, ...] = ()
 
     def ids(self, split: Split | None = None) -> tuple[str, ...]:
         """Ids in the suite's order, of one split or of all."""
@@ -65,7 +76,8 @@ class Config:
     """The parts of a competition's ``config.yaml`` that we read.
 
     `dev`: public rows are split once more into rows to fit and rows to score. `folds`: disjoint
-    parts of the private test that are ranked on their own (1: there is only the whole).
+    parts of the private test that are ranked on their own (1: there is only the whole). `block`:
+    that many successive test rows belong together (the pixels of an image).
     """
 
     id: str
@@ -79,6 +91,7 @@ class Config:
     dev: bool
     answer: Answer = "number"
     folds: int = 1
+    block: int = 1
 
     @property
     def folder(self) -> Path:
@@ -176,6 +189,7 @@ def load_suite(name: str = DEFAULT_SUITE) -> Suite:
         competitions=refs,
         limits=ScriptLimits(**data.get("limits", {})),
         medals=bool(data.get("medals", True)),
+        exceptions=tuple(SuiteException(**entry) for entry in data.get("exceptions", ())),
     )
 
 
@@ -199,6 +213,7 @@ def load_config(competition_id: str) -> Config:
         dev=bool(ours["dev"]),
         answer=cast(Answer, ours.get("answer", "number")),
         folds=int(ours.get("folds", 1)),
+        block=int(ours.get("block", 1)),
     )
 
 
