@@ -22,6 +22,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from agent_tools.mle_bench.evaluator import evaluator_hash
 from agent_tools.mle_bench.registry import load_suite
 from agent_tools.paths import data_dir
 from agent_tools.sandbox import POOL_KINDS, Limits, make_pool
@@ -235,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split": args.split,
         "suite": args.suite,
         "suite_version": load_suite(args.suite).version,
+        "evaluator": evaluator_hash(load_suite(args.suite)),
         "samples": args.samples,
         "temperature": temperature,
         "turns": tasks[0].turns,

@@ -258,9 +258,9 @@ def summary(run_dir: Path, kind: str) -> dict[str, Any]:
     """What the log keeps of a finished job's result.json."""
     result = read_json(run_dir / "result.json")
     keys = (
-        ("steps", "tokens", "seconds", "versions")
+        ("steps", "tokens", "seconds", "device", "versions")
         if kind == "train"
-        else ("seconds", "infra_errors", "versions")
+        else ("seconds", "infra_errors", "evaluator", "versions")
     )
     kept = {key: result[key] for key in keys if key in result}
     if kind == "train":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from selfevo.cli_medals import medals
 from selfevo.cli_pr import pr_app
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     help="An auditable self-improvement loop for reinforcement learning of language-model agents.",
 )
 app.add_typer(pr_app, name="pr")
+app.command()(medals)
 
 LabArgument = Annotated[
     Path, typer.Argument(help="lab folder, or the folder of one campaign (LAB/runs/NAME)")
@@ -152,34 +154,6 @@ def stop(
     from selfevo import control
 
     told(control.stop(lab, campaign), as_json)
-
-
-@app.command()
-def medals(
-    lab: LabArgument = HERE, campaign: CampaignOption = None, as_json: JsonOption = False
-) -> None:
-    """Offline medals of every measured arm, by round."""
-    from dataclasses import asdict
-
-    from selfevo import text
-    from selfevo.medals import medal_rows
-
-    view, _ = load(lab, campaign)
-    if as_json:
-        rows = [{**asdict(row), "share": row.share} for row in medal_rows(view)]
-        out(
-            {
-                "campaign": view.name,
-                "suite": view.info["suite"],
-                "suite_version": view.info["suite_version"],
-                "split": "val",
-                "rows": rows,
-            }
-        )
-    else:
-        suite = f"{view.info['suite']}, version {view.info['suite_version']}"
-        print(f"offline medals, suite {suite}, val competitions")
-        print("\n".join(text.medal_table(view)))
 
 
 @app.command()

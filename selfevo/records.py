@@ -47,6 +47,8 @@ class ScoreView:
     medals: dict[str, int]
     valid_share: float
     diverged: bool = False
+    evaluator: str = ""
+    """What decided the scores; empty in logs that did not write it and for diverged runs."""
 
 
 @dataclass

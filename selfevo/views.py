@@ -333,6 +333,7 @@ def _eval_scores(view: CampaignView, data: Data, event: Event) -> None:
         dict(data["medals"]),
         data["valid_share"],
         data["diverged"],
+        data.get("evaluator", ""),
     )
     view.scores[found.run] = found
     view.scores_of_arm.setdefault(found.arm, []).append(found)

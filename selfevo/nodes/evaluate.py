@@ -81,6 +81,7 @@ def _scores(c: Campaign, request: RunRequest) -> None:
             "medals": found.medals,
             "valid_share": found.valid_share,
             "diverged": False,
+            "evaluator": job.result.get("evaluator", ""),
             "rows": c.store.blob(path.read_bytes()),
         },
     )

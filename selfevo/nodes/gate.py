@@ -34,6 +34,13 @@ def _verdict(c: Campaign, pr: PrView) -> dict[str, Any]:
         job = c.view.arm_jobs(pr.arm)
         why = job[-1].reason if job and job[-1].reason else "no seed could be measured"
         return _without_numbers("indecisive", f"the candidate's runs failed: {why}")
+    mixed = evaluators(c, pr, parent)
+    if len(mixed) > 1:
+        return _without_numbers(
+            "void",
+            f"the two arms were measured by different evaluators ({', '.join(mixed)}): a suite's "
+            "version, field or grader has changed; start a new campaign",
+        )
     result = gate.decide(
         control,
         candidate,
@@ -55,11 +62,20 @@ def _without_numbers(verdict: str, reason: str) -> dict[str, Any]:
     return {"verdict": verdict, "reason": reason, "candidate_mean": None, "difference": None}
 
 
+def evaluators(c: Campaign, pr: PrView, parent: str) -> list[str]:
+    """What measured the two arms; scores of different suite versions are never compared."""
+    scores = [s for arm in (pr.control_arm, pr.arm) for s in c.view.arm_scores(arm, parent)]
+    return sorted({s.evaluator for s in scores if s.evaluator})
+
+
 def other_arms(c: Campaign, pr: PrView, parent: str) -> list[list[SeedScore]]:
     """Seeds of the campaign's arms but the PR's two, each arm and parent apart."""
     groups: dict[tuple[str, str], list[SeedScore]] = {}
+    known = evaluators(c, pr, parent)
     for score in c.view.scores.values():
         if (score.arm, score.parent) in ((pr.arm, parent), (pr.control_arm, parent)):
+            continue
+        if score.evaluator and known and score.evaluator not in known:
             continue
         groups.setdefault((score.arm, score.parent), []).append(score.score)
     return list(groups.values())
