@@ -214,7 +214,7 @@ def create(
     name = next_name(lab, repo)
     folder = campaign_folder(lab, name)
     if commands.check_machine:
-        check_machine(config.suite)
+        check_machine(config.suite, evaluation.suite)
         for missing in check_sandbox(files.train):
             say(f"sandbox: {missing}")
     if config.agent.kind == "model":
@@ -246,8 +246,9 @@ def create(
         "agent": config.agent.kind,
         "model": config.agent.model,
         "review": config.review,
-        "suite": config.suite,
-        "suite_version": suite_version(config.suite),
+        "suite": evaluation.suite or config.suite,
+        "suite_version": suite_version(evaluation.suite or config.suite),
+        "train_suite": config.suite,
         "parent": parent,
         "arm": arms.arm_id(arm_files),
         "budget": arms.budget_id(config.budget),

@@ -120,6 +120,8 @@ class LabConfig(Strict):
 class EvalConfig(Strict):
     """configs/eval.yaml: how an arm is measured."""
 
+    suite: str | None = None
+    """Suite whose val competitions the gate measures; None is the lab's own."""
     split: Literal["val"] = "val"
     train_seeds: int = Field(default=2, ge=2)
     """Training runs an arm; the unit of the gate's test."""

@@ -218,12 +218,13 @@ def data(bench: Bench) -> str:
     from selfevo.lab import read_lab
     from selfevo.preflight import check_machine
 
-    suite = read_lab(bench.root).lab.suite
+    files = read_lab(bench.root)
+    suites = dict.fromkeys((files.lab.suite, files.evaluation.suite or files.lab.suite))
     try:
-        check_machine(suite)
+        check_machine(files.lab.suite, files.evaluation.suite)
     except UserError as error:
         raise _parted(error, ": run `") from error
-    return f"suite {suite} is prepared"
+    return f"suite {' and '.join(suites)} {'is' if len(suites) == 1 else 'are'} prepared"
 
 
 def grader(bench: Bench) -> str:

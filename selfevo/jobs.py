@@ -152,7 +152,7 @@ def _argv(c: Campaign, data: dict[str, Any]) -> tuple[str, ...]:
         return c.commands.train_argv(config, run_dir)
     checkpoint = trained_checkpoint(c, data["arm"], data["parent"], data["index"])
     return c.commands.evaluate_argv(
-        checkpoint, arm, c.config.suite, c.evaluation, c.config.budget, run_dir
+        checkpoint, arm, c.view.info["suite"], c.evaluation, c.config.budget, run_dir
     )
 
 

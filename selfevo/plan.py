@@ -302,7 +302,7 @@ def of_lab(lab: Path | None, rounds: int | None, train_seeds: int | None) -> Pla
         config,
         evaluation,
         past,
-        competitions=len(load_suite(config.suite).ids("val")),
+        competitions=len(load_suite(evaluation.suite or config.suite).ids("val")),
         gpus=1 if Path("/dev/nvidia0").exists() else 0,
         free_gb=shutil.disk_usage(root).free / 1e9,
     )

@@ -9,18 +9,20 @@ from agent_tools.paths import script_python
 from selfevo.arms import FULL_ISOLATION
 
 
-def check_machine(suite_name: str) -> None:
-    """Every competition of the suite is prepared and has its field; policy scripts have a Python.
+def check_machine(suite_name: str, measured: str | None = None) -> None:
+    """What is trained on and what is measured is prepared and has its field; policy scripts have a
+    Python. `measured` is the gate's suite, the same one unless named.
 
     Raises `UserError` with the command that repairs the first thing that is missing.
     """
     from agent_tools.mle_bench.registry import load_competition, load_suite
 
     script_python()
-    suite = load_suite(suite_name)
-    for ref in suite.competitions:
-        competition = load_competition(ref.id, suite=suite)
-        competition.field("private" if ref.split == "val" else "dev")
+    trained, gated = load_suite(suite_name), load_suite(measured or suite_name)
+    for competition_id in trained.ids("train"):
+        load_competition(competition_id, suite=trained).field("dev")
+    for competition_id in gated.ids("val"):
+        load_competition(competition_id, suite=gated).field("private")
 
 
 def check_sandbox(train: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ def run(c: Campaign) -> str:
 
 def measure_runs(c: Campaign, trained: Sequence[RunRequest]) -> None:
     """Measure every training run that ended: done ones by a job, diverged ones score 0."""
-    eval_id = sha256(canonical(c.evaluation.model_dump(mode="json", exclude={"train_seeds"})))[:8]
+    asked = c.evaluation.model_dump(mode="json", exclude={"train_seeds"}, exclude_none=True)
+    eval_id = sha256(canonical(asked))[:8]
     runnable = []
     for run_ in trained:
         job = c.view.job_of(run_.run)

@@ -23,7 +23,7 @@ LACK = "no control group, so memory is held by polling only: run as root"
 def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that gives no control group, with everything else in its place."""
     monkeypatch.setattr("agent_tools.sandbox.missing_protections", lambda _kind: (LACK,))
-    monkeypatch.setattr(campaign, "check_machine", lambda _suite: None)
+    monkeypatch.setattr(campaign, "check_machine", lambda *_suites: None)
 
 
 def start(lab: Path, commands: Commands) -> list[str]:
@@ -55,7 +55,7 @@ def test_a_host_that_gives_everything_starts_a_lab_that_requires_it(
     tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent_tools.sandbox.missing_protections", lambda _kind: ())
-    monkeypatch.setattr(campaign, "check_machine", lambda _suite: None)
+    monkeypatch.setattr(campaign, "check_machine", lambda *_suites: None)
     init_lab(tmp_path / "lab", full_isolation=True)
     assert not [line for line in start(tmp_path / "lab", commands) if "sandbox" in line]
 
