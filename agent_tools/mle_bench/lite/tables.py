@@ -12,7 +12,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ def read_table(file: Path | str | IO[bytes]) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, path: Path, *, quote_text: bool = False) -> None:
     """Write a CSV without the index; with ``quote_text`` every text is quoted."""
-    quoting = csv.QUOTE_NONNUMERIC if quote_text else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if quote_text else csv.QUOTE_MINIMAL
     table.to_csv(path, index=False, lineterminator="\n", quoting=quoting)
 
 
