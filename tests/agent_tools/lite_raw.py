@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
-WORDS = "you are the dark house of an old sea and NA null 12 that , night he said".split()
+WORDS = "you are the dark house of an old sea and NA null 12 that , night he said"
 
 
 def make_raw(competition_id: str, folder: Path, seed: int = 0) -> None:
@@ -68,7 +68,7 @@ def _csv(table: pd.DataFrame) -> str:
 
 
 def _texts(rng: np.random.Generator, n: int) -> list[str]:
-    return [f"{i} " + " ".join(rng.choice(WORDS, rng.integers(2, 9))) for i in range(n)]
+    return [f"{i} " + " ".join(rng.choice(WORDS.split(), rng.integers(2, 9))) for i in range(n)]
 
 
 def _cactus(raw: Path, rng: np.random.Generator) -> None:
@@ -180,12 +180,10 @@ def _text_normalization(language: str) -> Callable[[Path, np.random.Generator], 
         rows = []
         for sentence in range(40):
             for token in range(int(rng.integers(2, 7))):
-                word = str(rng.choice(WORDS))
+                word = str(rng.choice(WORDS.split()))
                 after = "twelve" if word == "12" else word
                 rows.append((sentence * 2, token, "PLAIN", word, after))
-        table = pd.DataFrame(
-            rows, columns=["sentence_id", "token_id", "class", "before", "after"]
-        )
+        table = pd.DataFrame(rows, columns=["sentence_id", "token_id", "class", "before", "after"])
         for name, part in (("train", table), ("test", table[:3]), ("test_2", table[:4])):
             member = f"{language}_{name}.csv"
             _zip(raw / f"{member}.zip", {member: part.to_csv(index=False, quoting=2)})
