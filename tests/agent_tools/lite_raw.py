@@ -180,7 +180,7 @@ def _text_normalization(language: str) -> Callable[[Path, np.random.Generator], 
         rows = []
         for sentence in range(40):
             for token in range(int(rng.integers(2, 7))):
-                word = str(rng.choice(WORDS.split()))
+                word = "12" if token == 0 else str(rng.choice(WORDS.split()))
                 after = "twelve" if word == "12" else word
                 rows.append((sentence * 2, token, "PLAIN", word, after))
         table = pd.DataFrame(rows, columns=["sentence_id", "token_id", "class", "before", "after"])
