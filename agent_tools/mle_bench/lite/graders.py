@@ -135,7 +135,10 @@ def new_york_city_taxi_fare_prediction(submission: pd.DataFrame, answers: pd.Dat
 def nomad2018_predict_transparent_conductors(
     submission: pd.DataFrame, answers: pd.DataFrame
 ) -> float:
-    """Mean of the RMSLE of two energies; rows are paired by position; lower is better."""
+    """Mean of the RMSLE of two energies; rows are paired by position; lower is better.
+
+    Predictions must be above -1; scikit-learn 1.5 refused all below 0.
+    """
     names = ("formation_energy_ev_natom", "bandgap_energy_ev")
     checks.need_columns(submission, answers, names)
     checks.need_rows(submission, answers)
@@ -183,7 +186,10 @@ def spooky_author_identification(submission: pd.DataFrame, answers: pd.DataFrame
 
 
 def tabular_playground_series_dec_2021(submission: pd.DataFrame, answers: pd.DataFrame) -> float:
-    """Accuracy of ``Cover_Type``, a whole number; higher is better."""
+    """Accuracy of ``Cover_Type``, a whole number; higher is better.
+
+    Text is refused; scikit-learn 1.5 scored it 0.
+    """
     checks.need_columns(submission, answers, ("Id", "Cover_Type"))
     theirs, ours = checks.in_key_order(submission, answers, "Id")
     predicted = checks.whole_numbers(submission["Cover_Type"])[theirs]
