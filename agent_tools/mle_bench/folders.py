@@ -13,20 +13,18 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from agent_tools.errors import UserError
 from agent_tools.mle_bench.grade_process import GraderSpec
 from agent_tools.mle_bench.leaderboards import Board, lite_boards, read_board, reported_board
+from agent_tools.mle_bench.lite.catalogue import checksums, lite_competition
 from agent_tools.mle_bench.metrics import LOWER_IS_BETTER
 from agent_tools.mle_bench.registry import COMPETITIONS
 from agent_tools.paths import data_dir as our_data_dir
 from agent_tools.paths import repo_root
 
-LITE_FILES = Path(__file__).resolve().parent / "lite_files.yaml"
 CHECKOUT_VARIABLE = "SELFEVO_MLEBENCH"
 DATA_VARIABLE = "SELFEVO_MLEBENCH_DATA"
 HASHED = ("csv", "json", "jsonl", "parquet", "bson")  # what MLE-bench's checksums cover
@@ -62,7 +60,8 @@ class FolderCompetition:
     """One competition as its ``config.yaml`` describes it; nothing is read or imported yet.
 
     ``lower_is_better`` is None where only the leaderboard tells. ``leaderboard`` is None for a
-    Lite competition without a checkout.
+    Lite competition without a checkout. ``checksums`` are MD5 of ``zip`` and of the tables, by
+    their paths in ``prepared``; empty where nobody states them.
     """
 
     id: str
@@ -79,7 +78,7 @@ class FolderCompetition:
     public_dir: Path
     private_dir: Path
     leaderboard: Path | None
-    checksums: Mapping[str, Any]
+    checksums: Mapping[str, str]
     lower_is_better: bool | None
     roots: tuple[Path, ...]
     python: Path
@@ -258,7 +257,7 @@ def read_config(source: Source, competition_id: str) -> FolderCompetition:
     base = source.data / competition_id
     ours = data.get("selfevo")
     metric = ours.get("metric") if isinstance(ours, dict) else None
-    checksums = source.competitions / competition_id / "checksums.yaml"
+    hashes = source.competitions / competition_id / "checksums.yaml"
     return FolderCompetition(
         id=competition_id,
         name=_text(path, data, "name"),
@@ -274,24 +273,16 @@ def read_config(source: Source, competition_id: str) -> FolderCompetition:
         public_dir=base / "prepared" / "public",
         private_dir=base / "prepared" / "private",
         leaderboard=source.competitions / competition_id / "leaderboard.csv",
-        checksums=_mapping(checksums) if checksums.is_file() else {},
+        checksums=_checksums(hashes) if hashes.is_file() else {},
         lower_is_better=LOWER_IS_BETTER.get(str(metric)),
         roots=(source.root,),
         python=source.python,
     )
 
 
-@lru_cache(maxsize=1)
-def lite_files() -> dict[str, dict[str, Any]]:
-    """MD5 of zip, public and private tables of the 22 Lite competitions, as MLE-bench has them."""
-    return _mapping(LITE_FILES)
-
-
-def how_to_get_data(competition_id: str, base: Path, checksums: Mapping[str, Any]) -> str:
+def how_to_get_data(competition_id: str, base: Path, checksums: Mapping[str, str]) -> str:
     """Three steps, one line: fetch, put, verify."""
-    zip_md5 = (checksums or lite_files().get(competition_id, {})).get(
-        "zip", "that of checksums.yaml"
-    )
+    zip_md5 = checksums.get("zip", "that of checksums.yaml")
     return (
         f"accept the rules at kaggle.com/c/{competition_id}/rules with your Kaggle account, "
         f"download the competition's data as one zip (MD5 {zip_md5}) into {base}, then run "
@@ -316,56 +307,52 @@ def md5(path: Path) -> str:
 
 
 def _lite_competition(competition_id: str, data: Path) -> FolderCompetition:
-    files, base = lite_files()[competition_id], data / competition_id
-    private, public = base / "prepared" / "private", base / "prepared" / "public"
-    answers = private / ("answers.csv" if "answers.csv" in files["private"] else "test.csv")
-    sample = [
-        folder / name
-        for folder, part in ((public, "public"), (private, "private"))
-        for name in files[part]
-        if name.startswith("sample")
-    ]
-    gold = private / "gold_submission.csv"
+    entry, base = lite_competition(competition_id), data / competition_id
+    prepared = base / "prepared"
     return FolderCompetition(
         id=competition_id,
-        name=competition_id,
+        name=entry.title,
         competition_type="simple",
         description="",
-        answers=answers,
-        sample_submission=sample[0],
-        gold_submission=gold if gold.name in files["private"] else answers,
-        grader_name=lite_boards()[competition_id].metric,
+        answers=prepared / entry.answers,
+        sample_submission=prepared / entry.sample,
+        gold_submission=prepared / (entry.gold or entry.answers),
+        grader_name=entry.metric,
         grade_fn=f"mlebench.competitions.{competition_id}.grade:grade",
         preparer=f"mlebench.competitions.{competition_id}.prepare:prepare",
         raw_dir=base / "raw",
-        public_dir=public,
-        private_dir=private,
+        public_dir=prepared / "public",
+        private_dir=prepared / "private",
         leaderboard=None,
-        checksums=files,
-        lower_is_better=lite_boards()[competition_id].lower_is_better,
+        checksums=checksums(competition_id),
+        lower_is_better=entry.lower_is_better,
         roots=(),
         python=Path(sys.executable),
     )
 
 
 def _with_our_graders(found: FolderCompetition) -> FolderCompetition:
-    grade_fn, preparer = our_lite(found.id)
+    entry = lite_competition(found.id)
     return replace(
         found,
-        grade_fn=grade_fn,
-        preparer=preparer or found.preparer,
-        lower_is_better=lite_boards()[found.id].lower_is_better,
+        grade_fn=entry.grade_fn,
+        preparer=entry.preparer or found.preparer,
+        checksums=checksums(found.id),
+        lower_is_better=entry.lower_is_better,
         roots=(repo_root(),),
         python=Path(sys.executable),
     )
 
 
-def our_lite(competition_id: str) -> tuple[str, str | None]:
-    """Import strings of our grader and, where we have one, our preparer of a Lite competition."""
-    package, name = "agent_tools.mle_bench.lite", competition_id.replace("-", "_")
-    preparers = import_module(f"{package}.preparers")
-    preparer = f"{package}.preparers:{name}" if hasattr(preparers, name) else None
-    return f"{package}.graders:{name}", preparer
+def _checksums(path: Path) -> dict[str, str]:
+    data = _mapping(path)
+    found = {"zip": str(data["zip"])} if "zip" in data else {}
+    for part in ("public", "private"):
+        tables = data.get(part) or {}
+        if not isinstance(tables, dict):
+            raise UserError(f"{path}: {part!r} must map file names to MD5: see docs/mle_bench.md")
+        found |= {f"{part}/{name}": str(digest) for name, digest in tables.items()}
+    return found
 
 
 def _mapping(path: Path) -> dict[str, Any]:

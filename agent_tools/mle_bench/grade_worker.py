@@ -27,22 +27,21 @@ class Stage:
 
 def main() -> None:
     """Answer the request on standard input."""
-    # What a grader prints must not mix with the result.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as result:
-        os.dup2(2, 1)
+    # What a grader prints must not mix with the result, which the hook below still has to write.
+    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
-        def report(
-            kind: type[BaseException], error: BaseException, _: TracebackType | None
-        ) -> None:
-            json.dump({"stage": Stage.name, "kind": kind.__name__, "text": str(error)}, result)
-            result.flush()
+    def report(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        json.dump({"stage": Stage.name, "kind": kind.__name__, "text": str(error)}, result)
+        result.close()
 
-        sys.excepthook = report
-        request = json.load(sys.stdin)
-        if request["memory"]:
-            resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
-        score = grade(request)
-        json.dump({"score": score if request["tell_score"] else None}, result)
+    sys.excepthook = report
+    request = json.load(sys.stdin)
+    if request["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
+    score = grade(request)
+    json.dump({"score": score if request["tell_score"] else None}, result)
+    result.close()
 
 
 def grade(request: dict[str, Any]) -> float:

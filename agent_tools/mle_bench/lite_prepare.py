@@ -25,10 +25,9 @@ from agent_tools.mle_bench.folders import (
     FolderRegistry,
     how_to_get_data,
     md5,
-    our_lite,
     table_hashes,
 )
-from agent_tools.mle_bench.leaderboards import lite_boards
+from agent_tools.mle_bench.lite.catalogue import lite_competition, lite_ids
 
 PREPARE_SECONDS = 3_600.0
 WORKER = """
@@ -65,7 +64,7 @@ class LiteStatus:
 
 def lite_status(registry: FolderRegistry) -> list[LiteStatus]:
     """The 22 competitions in the order of the split list; reads, makes nothing."""
-    return [_status(registry.get(id_)) for id_ in lite_boards()]
+    return [_status(registry.get(id_)) for id_ in lite_ids()]
 
 
 def _status(competition: FolderCompetition) -> LiteStatus:
@@ -84,7 +83,7 @@ def _status(competition: FolderCompetition) -> LiteStatus:
             board = "missing"
         elif "pointer" in str(error):
             board = "pointer"
-    _, preparer = our_lite(competition.id)
+    preparer = lite_competition(competition.id).preparer
     state = _data_state(competition)
     if state == "differs":
         reasons.append(f"{competition.id}: {first_difference(competition)}: prepare again")
@@ -108,15 +107,14 @@ def first_difference(competition: FolderCompetition) -> str | None:
 
     A public folder that is absent is not compared: grading does not need it.
     """
-    expected = competition.checksums
     for part, folder in (("private", competition.private_dir), ("public", competition.public_dir)):
-        if not folder.is_dir() or part not in expected:
-            continue
-        made = table_hashes(folder)
-        for name, digest in expected[part].items():
-            if made.get(name) != digest:
-                what = "is missing" if name not in made else f"has MD5 {made[name]}"
-                return f"{part}/{name} {what}, MLE-bench's has {digest}"
+        made = table_hashes(folder) if folder.is_dir() else None
+        for name, digest in competition.checksums.items():
+            if made is not None and name.startswith(f"{part}/"):
+                found = made.get(name.partition("/")[2])
+                if found != digest:
+                    what = f"has MD5 {found}" if found else "is missing"
+                    return f"{name} {what}, MLE-bench's has {digest}"
     return None
 
 
@@ -129,9 +127,7 @@ def prepare_lite(
     preparer for, missing data or a wrong MD5, `InfraError` if the preparation fails.
     """
     competition = registry.get(competition_id)
-    if competition_id not in lite_boards():
-        raise UserError(f"{competition_id} is not one of the 22 of MLE-bench Lite: see lite-status")
-    _, preparer = our_lite(competition_id)
+    preparer = lite_competition(competition_id).preparer
     if preparer is None:
         raise UserError(
             f"{competition_id}: we have preparers for the small competitions only: run "
@@ -216,6 +212,9 @@ def _run_preparer(preparer: str, competition: FolderCompetition, raw: Path, prep
         ) from None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        _, told, text = last.partition("UserError: ")
+        if told:
+            raise UserError(f"{competition.id}: {text}")
         raise InfraError(f"{competition.id}: preparation failed ({last}): is {raw} complete?")
 
 
