@@ -17,7 +17,7 @@ from typing import Any
 
 from agent_tools.errors import UserError
 from agent_tools.mle_bench import registry
-from agent_tools.mle_bench.leaderboards import POINTER, lite_boards
+from agent_tools.mle_bench.leaderboards import is_pointer, lite_boards
 
 WANTED_SEEDS = 3
 INTERVAL = 1.96
@@ -187,12 +187,12 @@ def experiment_reports(experiment: str, runs_dir: Path) -> list[Path]:
     """
     listing = runs_dir / GROUPS_FILE
     try:
-        data = listing.read_bytes()
-    except OSError:
+        text = listing.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"no {listing}: name the folder of runs with --runs-dir") from None
-    if data.startswith(POINTER):
+    if is_pointer(listing):
         raise UserError(f"{listing}: is a Git LFS pointer: run `git lfs pull` in the checkout")
-    rows = [row for row in csv.reader(data.decode("utf-8").splitlines()) if len(row) >= 2]
+    rows = [row for row in csv.reader(text.splitlines()) if len(row) >= 2]
     groups = sorted(row[1].strip() for row in rows if row[0].strip() == experiment)
     reports = []
     for group in groups:
@@ -216,7 +216,7 @@ def _read_report(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}): name grading reports"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
-        if path.is_file() and path.read_bytes().startswith(POINTER):
+        if is_pointer(path):
             raise UserError(f"{path}: is a Git LFS pointer: run `git lfs pull` there") from None
         raise UserError(f"{path}: is no grading report ({error!r}): grade again") from None
     assert isinstance(data, dict)

@@ -179,9 +179,8 @@ def check_file(path: Path, known: LiteBoard | None) -> str:
     """SHA-256 of a leaderboard file, in hex; `UserError` if it is not the one in the list."""
     if not path.is_file():
         raise UserError(f"no leaderboard {path}: {how_to_pull(path)}")
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise UserError(f"{path}: is a Git LFS pointer, not the file: {how_to_pull(path)}")
+    if is_pointer(path):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file: {how_to_pull(path)}")
     size, digest = path.stat().st_size, _sha256(path)
     if known is not None and size != known.size:
         raise UserError(
@@ -193,6 +192,12 @@ def check_file(path: Path, known: LiteBoard | None) -> str:
             f"{how_to_pull(path)}"
         )
     return digest
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only Git LFS's note of where its content lies."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def how_to_pull(path: Path | None = None) -> str:

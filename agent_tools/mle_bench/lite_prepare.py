@@ -27,6 +27,7 @@ from agent_tools.mle_bench.folders import (
     md5,
     table_hashes,
 )
+from agent_tools.mle_bench.leaderboards import is_pointer
 from agent_tools.mle_bench.lite.catalogue import lite_competition, lite_ids
 
 PREPARE_SECONDS = 3_600.0
@@ -81,15 +82,18 @@ def _status(competition: FolderCompetition) -> LiteStatus:
         board = "wrong"
         if competition.leaderboard is None or not competition.leaderboard.is_file():
             board = "missing"
-        elif "pointer" in str(error):
+        elif is_pointer(competition.leaderboard):
             board = "pointer"
-    preparer = lite_competition(competition.id).preparer
     state = _data_state(competition)
     if state == "differs":
         reasons.append(f"{competition.id}: {first_difference(competition)}: prepare again")
     return LiteStatus(
-        competition.id, state, board, "ours" if preparer else "mlebench", tuple(reasons)
+        competition.id, state, board, "ours" if _ours(competition) else "mlebench", tuple(reasons)
     )
+
+
+def _ours(competition: FolderCompetition) -> bool:
+    return not competition.preparer.startswith("mlebench.")
 
 
 def _data_state(competition: FolderCompetition) -> DataState:
@@ -126,9 +130,9 @@ def prepare_lite(
     ``verify`` False skips both comparisons. Raises `UserError` for a competition we have no
     preparer for, missing data or a wrong MD5, `InfraError` if the preparation fails.
     """
+    lite_competition(competition_id)  # an error for any other
     competition = registry.get(competition_id)
-    preparer = lite_competition(competition_id).preparer
-    if preparer is None:
+    if not _ours(competition):
         raise UserError(
             f"{competition_id}: we have preparers for the small competitions only: run "
             f"`python -m agent_tools.mle_bench lite-prepare {competition_id} --engine mlebench`"
@@ -144,7 +148,7 @@ def prepare_lite(
         )
     with _scratch(base) as scratch:
         raw = _raw(competition, scratch, verify=verify)
-        _run_preparer(preparer, competition, raw, scratch / "prepared")
+        _run_preparer(competition, raw, scratch / "prepared")
         made = _moved(competition, scratch / "prepared")
         if verify and (wrong := first_difference(made)) is not None:
             raise UserError(
@@ -188,13 +192,13 @@ def _raw(competition: FolderCompetition, scratch: Path, *, verify: bool) -> Path
     return scratch / "raw"
 
 
-def _run_preparer(preparer: str, competition: FolderCompetition, raw: Path, prepared: Path) -> None:
+def _run_preparer(competition: FolderCompetition, raw: Path, prepared: Path) -> None:
     public, private = prepared / "public", prepared / "private"
     public.mkdir(parents=True)
     private.mkdir()
     argv = [
         *(sys.executable, "-I", "-B", "-c", WORKER),
-        *(str(competition.roots[0]), preparer, str(raw), str(public), str(private)),
+        *(str(competition.roots[0]), competition.preparer, str(raw), str(public), str(private)),
     ]
     try:
         done = subprocess.run(

@@ -6,14 +6,17 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
 from agent_tools.errors import UserError
-from agent_tools.mle_bench import folders
+from agent_tools.mle_bench import folders, grading
 from agent_tools.mle_bench.folders import FolderRegistry, read_config, registry_of, source_of
 from agent_tools.mle_bench.leaderboards import lite_boards
-from agent_tools.mle_bench.registry import COMPETITIONS, competition_ids
+from agent_tools.mle_bench.prepare import prepare_competition
+from agent_tools.mle_bench.registry import COMPETITIONS, competition_ids, load_competition
+from agent_tools.mle_bench.reports import grade_submission
 from agent_tools.paths import repo_root
 from tests.agent_tools.mle_layout import Checkout, make_checkout
 
@@ -133,6 +136,49 @@ def test_our_folders_go_through_the_same_reader(tmp_path: Path) -> None:
     found = registry_of(data_dir=tmp_path).get("diamonds-price")
     assert found.lower_is_better is True and found.board().lower_is_better
     assert len(found.board().scores) == 100 and found.board().origin == "unverified"
+
+
+@pytest.fixture(scope="module")
+def prepared_tweets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our data folder with tweet-sentiment prepared in it."""
+    data = tmp_path_factory.mktemp("data")
+    prepare_competition("tweet-sentiment", data)
+    return data
+
+
+@pytest.mark.parametrize("error", [0.0, 1.005, 1.04, 1.1, 2.0])
+def test_our_competition_is_graded_alike_by_three_readers(
+    prepared_tweets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    """Our suite's grading, the compatible one, and MLE-bench's steps restated here."""
+    monkeypatch.setenv("SELFEVO_DATA", str(prepared_tweets))
+    found = registry_of(data_dir=tmp_path).get("tweet-sentiment")
+    answers = pd.read_csv(found.answers, float_precision="round_trip")
+    path = tmp_path / "submission.csv"
+    answers.assign(target=answers["target"] + error).to_csv(path, index=False)
+
+    report = grade_submission(found, path, found.board()).report
+    ours = grading.grade(load_competition("tweet-sentiment"), path)
+    assert (report.score, report.is_lower_better) == (ours.score, ours.is_lower_better)
+    for name in ("gold", "silver", "bronze"):
+        assert getattr(report, f"{name}_medal") == getattr(ours, name)
+    assert report.above_median == ours.above_median
+
+    config = YAML(typ="safe", pure=True).load(
+        (COMPETITIONS / "tweet-sentiment" / "config.yaml").read_text()
+    )
+    module, name = config["grader"]["grade_fn"].split(":")
+    data = prepared_tweets / "competitions"
+    theirs = getattr(import_module(module), name)(
+        pd.read_csv(path, float_precision="round_trip"),
+        pd.read_csv(data / config["dataset"]["answers"], float_precision="round_trip"),
+    )
+    scores = pd.read_csv(COMPETITIONS / "tweet-sentiment" / "leaderboard.csv")["score"]
+    assert round(theirs, 5) == report.score
+    limits = [scores.iloc[rank - 1] for rank in (10, 20, 40)]
+    assert [report.gold_threshold, report.silver_threshold, report.bronze_threshold] == limits
+    assert report.median_threshold == scores.median()
+    assert report.any_medal == (round(theirs, 5) <= limits[2])
 
 
 # --- bad input -----------------------------------------------------------------------------------
