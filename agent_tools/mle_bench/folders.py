@@ -21,7 +21,7 @@ from agent_tools.mle_bench.grade_process import GraderSpec
 from agent_tools.mle_bench.leaderboards import Board, lite_boards, read_board, reported_board
 from agent_tools.mle_bench.lite.catalogue import checksums, lite_competition
 from agent_tools.mle_bench.metrics import LOWER_IS_BETTER
-from agent_tools.mle_bench.registry import COMPETITIONS
+from agent_tools.mle_bench.registry import COMPETITIONS, suite_of
 from agent_tools.paths import data_dir as our_data_dir
 from agent_tools.paths import repo_root
 
@@ -110,7 +110,11 @@ class FolderCompetition:
         if self.id in lite_boards() or self.grade_fn.startswith("mlebench."):
             return how_to_get_data(self.id, self.raw_dir.parent, self.checksums)
         if self.grade_fn.startswith("agent_tools.mle_bench.competitions."):
-            return f"run `python -m agent_tools.mle_bench prepare --competition {self.id}`"
+            suite = suite_of(self.id).name
+            return (
+                f"run `python -m agent_tools.mle_bench prepare --suite {suite} "
+                f"--competition {self.id}`"
+            )
         return f"run its preparer {self.preparer} on {self.raw_dir}"
 
     def board(self, *, verify: bool = True, allow_short: bool = False) -> Board:

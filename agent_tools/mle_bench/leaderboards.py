@@ -200,12 +200,11 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(POINTER)) == POINTER
 
 
-def how_to_pull(path: Path | None = None) -> str:
+def how_to_pull(path: Path) -> str:
     """The next step for whoever has no leaderboard."""
-    where = path.parent if path is not None else "a clone of github.com/openai/mle-bench"
     return (
-        f"in {where}, run `git lfs install && git lfs pull` with `-I '**/leaderboard.csv'` "
-        "(4 MB); it is then compared with lite_thresholds_reported.csv by size and SHA-256"
+        f"in {path.parent}, run `git lfs install && git lfs pull -I '**/leaderboard.csv'`; a Lite file "
+        "is then compared with lite_thresholds_reported.csv by size and SHA-256"
     )
 
 

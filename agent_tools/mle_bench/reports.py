@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -316,10 +317,15 @@ def evaluator_hash(competition: FolderCompetition, board: Board) -> str:
     module = competition.grade_fn.partition(":")[0].replace(".", "/")
     for path in [*(root / f"{module}.py" for root in competition.roots), competition.answers]:
         if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(_file_digest(path, path.stat().st_mtime_ns))
     digest.update(repr((board.thresholds, board.lower_is_better)).encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=128)  # answers may have 100 MB, and each run would read them again
+def _file_digest(path: Path, modified_ns: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def timestamp() -> str:

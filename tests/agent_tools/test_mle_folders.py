@@ -269,7 +269,9 @@ def test_missing_data_of_ours_names_our_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SELFEVO_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="mle_bench prepare --competition diamonds-price"):
+    with pytest.raises(
+        UserError, match="prepare --suite offline-small-v0 --competition diamonds-price"
+    ):
         registry_of(data_dir=tmp_path).get("diamonds-price").require_prepared()
 
 
