@@ -203,8 +203,8 @@ def is_pointer(path: Path) -> bool:
 def how_to_pull(path: Path) -> str:
     """The next step for whoever has no leaderboard."""
     return (
-        f"in {path.parent}, run `git lfs install && git lfs pull -I '**/leaderboard.csv'`; a Lite file "
-        "is then compared with lite_thresholds_reported.csv by size and SHA-256"
+        f"in {path.parent}, run `git lfs install && git lfs pull -I '**/leaderboard.csv'`; a Lite "
+        "file is then compared with lite_thresholds_reported.csv by size and SHA-256"
     )
 
 
