@@ -13,6 +13,8 @@ from agent_tools.errors import InfraError, UserError
 from agent_tools.mle_bench import folders
 from agent_tools.mle_bench.folders import FolderCompetition, FolderRegistry, md5
 from agent_tools.mle_bench.lite_prepare import lite_status, prepare_lite
+from agent_tools.mle_bench.reports import grade_submission
+from tests.agent_tools.lite_raw import make_raw
 from tests.agent_tools.mle_layout import command, make_checkout
 
 ID = "leaf-classification"
@@ -129,6 +131,25 @@ def test_wrong_tables_are_refused_and_leave_nothing(registry: Registry) -> None:
         prepare_lite(registry, ID)
     assert [path.name for path in base(registry).iterdir()] == ["raw"]
     assert [path.name for path in registry.lite_data.iterdir()] == [ID]
+
+
+@pytest.mark.parametrize(
+    ("id_", "best"), [("aerial-cactus-identification", 1.0), ("spooky-author-identification", 0.0)]
+)
+def test_generated_raw_data_goes_through_our_preparer_and_our_grader(
+    tmp_path: Path, id_: str, best: float
+) -> None:
+    registry = FolderRegistry((), lite_data=tmp_path / "data")
+    raw = registry.get(id_).raw_dir
+    raw.mkdir(parents=True)
+    make_raw(id_, raw)
+    assert prepare_lite(registry, id_, verify=False) == "prepared"
+    found = registry.get(id_)
+    assert found.missing(grading_only=False) is None
+    perfect = grade_submission(found, found.gold_submission, found.reported())
+    sample = grade_submission(found, found.sample_submission, found.reported())
+    assert perfect.report.score == best and perfect.report.gold_medal
+    assert sample.report.valid_submission and not sample.report.any_medal
 
 
 @pytest.mark.parametrize(
