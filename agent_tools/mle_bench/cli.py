@@ -1,4 +1,4 @@
-"""``python -m agent_tools.mle_bench list | prepare | grade | fit``.
+"""``python -m agent_tools.mle_bench list | prepare | grade | fit | audit``, and MLE-bench's own.
 
 Exit codes: 0 done, 1 the answer is no (an invalid submission, a field that fails its checks),
 2 usage, 5 infrastructure. With ``--json`` stdout carries JSON only.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent_tools.errors import InfraError, UserError
+from agent_tools.mle_bench import cli_compat
 from agent_tools.mle_bench.registry import (
     COMPETITIONS,
     DEFAULT_SUITE,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
+
+app.add_typer(cli_compat.app)
 
 SuiteOption = Annotated[str, typer.Option("--suite", help="name of the suite")]
 DataOption = Annotated[
