@@ -52,7 +52,16 @@ REPEATS = 5
 WALL_LIMIT_S = 3600
 #: What a job writes into its run directory; everything else of the lab is the control plane's.
 JOB_FILES = ("jobs", "evals")
-PARTS = ("events.jsonl", "blobs", "checkpoints.sqlite", "arms", "report", "other", "git")
+PARTS = (
+    "events.jsonl",
+    "view.snapshot",
+    "blobs",
+    "checkpoints.sqlite",
+    "arms",
+    "report",
+    "other",
+    "git",
+)
 
 
 @dataclass

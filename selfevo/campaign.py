@@ -37,8 +37,9 @@ from selfevo.events import Actor, Event
 from selfevo.lab import campaign_folder, next_name, parse_lab
 from selfevo.llm import Endpoint
 from selfevo.preflight import check_machine, check_sandbox, suite_version
-from selfevo.store import Store, read_events, sha256
-from selfevo.views import CampaignView, apply, reduce
+from selfevo.snapshot import Keeper, fold
+from selfevo.store import LOG, Store, sha256
+from selfevo.views import CampaignView, apply
 
 Say = Callable[[str], None]
 POLL_S = 0.25  # between looks at running jobs
@@ -226,7 +227,7 @@ def create(
     except OSError as error:
         raise InfraError(f"cannot write {folder}: {error.strerror}; free some space") from error
     view = CampaignView()
-    store.listeners.append(lambda event: _fold(view, event))
+    _listen(store, view, 0)
     branch = f"selfevo/{name}/incumbent"
     arm_files = arms.arm_files(repo, head.commit)
     resolved = {
@@ -272,20 +273,20 @@ def create(
 def open_campaign(lab: Path, name: str, say: Say, commands: Commands | None = None) -> Campaign:
     """Open a campaign for writing: read the log, and take the configuration from event 1."""
     folder = campaign_folder(lab, name)
-    store = Store(folder, name)
-    view = reduce(store.events)
-    if not view.info:
+    log = fold(folder) if (folder / LOG).exists() else None
+    if log is None or not log.view.info:
         raise UserError(
             f"{folder}: the campaign ended before it began (no event); delete the folder and "
             f"its branch selfevo/{name}/incumbent, then `selfevo run`"
         )
-    store.listeners.append(lambda event: _fold(view, event))
-    return _assemble(lab, folder, LabRepo(lab), store, view, say, commands or Commands())
+    store = Store(folder, name, log.extent)
+    _listen(store, log.view, log.covered)
+    return _assemble(lab, folder, LabRepo(lab), store, log.view, say, commands or Commands())
 
 
 def read_view(folder: Path) -> CampaignView:
     """The view of a campaign, read only: works while another process writes, and on a copy."""
-    return reduce(read_events(folder / "events.jsonl")[0])
+    return fold(folder).view
 
 
 def _assemble(
@@ -314,8 +315,13 @@ def _assemble(
     )
 
 
-def _fold(view: CampaignView, event: Event) -> None:
-    apply(view, event)
+def _listen(store: Store, view: CampaignView, covered: int) -> None:
+    """Keep the view up to date with what is written, and its snapshot not far behind."""
+
+    def folded(event: Event) -> None:
+        apply(view, event)
+
+    store.listeners += [folded, Keeper(store, view, covered)]
 
 
 def _parent(train: Mapping[str, object]) -> str:

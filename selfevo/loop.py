@@ -13,6 +13,7 @@ from selfevo.campaign import Campaign, RunOptions, Say, create, open_campaign
 from selfevo.events import Event
 from selfevo.lab import check_lab, find_campaign, locked
 from selfevo.llm import Endpoint
+from selfevo.store import LOG, read_events
 
 EXIT_CODES = {"done": 0, "budget": 3, "review": 4, "paused": 4}
 
@@ -47,7 +48,7 @@ def _drive(c: Campaign, command: str) -> int:
 
     try:
         if command == "run":  # event 1 was written before anybody listened
-            for event in c.store.events:
+            for event in read_events(c.folder / LOG)[0]:
                 tell(event)
         c.store.listeners.append(tell)
         control.withdraw(c.folder)
