@@ -11,7 +11,6 @@ from typing import Any
 
 from agent_tools.errors import InfraError, UserError
 from agent_tools.launcher import Job, JobSpec, JobStatus
-from agent_tools.wandb_logs import read_run
 from selfevo import arms, campaign
 from selfevo.arms import RunRequest
 from selfevo.campaign import Campaign
@@ -234,6 +233,8 @@ def _reason(status: JobStatus) -> str:
 
 def curves(c: Campaign, job: JobView) -> str | None:
     """Blob of the run's curves, {key: [[step, value], …]}, so that views need no run directory."""
+    from agent_tools.wandb_logs import read_run  # a resume needs none
+
     try:
         history = read_run(c.run_dir(job.folder))
     except UserError:
