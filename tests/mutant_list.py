@@ -26,6 +26,7 @@ GENERATE = "tests/model/test_model_generate.py::"
 GATE = "tests/selfevo/test_selfevo_gate.py::"
 GUARD = "tests/selfevo/test_selfevo_guard.py::"
 STORE = "tests/selfevo/test_selfevo_store.py::"
+SNAPSHOT = "tests/selfevo/test_selfevo_snapshot.py::"
 GRADING = "tests/agent_tools/test_mle_grading.py::"
 LAUNCHER = "tests/agent_tools/test_launcher.py::"
 LOGS = "tests/agent_tools/test_wandb_logs.py::"
@@ -195,6 +196,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if key in self.view.outcomes:",
         "        if False:",
         (f"{STORE}test_an_act_is_done_once_a_key",),
+    ),
+    Mutant(
+        "snapshot-of-any-log",
+        "selfevo/snapshot.py",
+        "    if len(raw) < covers.end or digest.hexdigest() != covers.log:",
+        "    if len(raw) < covers.end:",
+        (f"{SNAPSHOT}test_a_log_that_was_changed_is_reduced_whole",),
+    ),
+    Mutant(
+        "snapshot-of-any-code",
+        "selfevo/snapshot.py",
+        "    return hashlib.blake2b(CODE + body).hexdigest().encode()",
+        "    return hashlib.blake2b(body).hexdigest().encode()",
+        (f"{SNAPSHOT}test_a_snapshot_of_other_code_is_passed_over",),
+    ),
+    Mutant(
+        "snapshot-vouches-for-the-log-it-finds",
+        "selfevo/store.py",
+        "        return Extent(self._seq, self._end, self._digest.copy())",
+        "        found = hashlib.blake2b((self.folder / LOG).read_bytes())\n"
+        "        return Extent(self._seq, self._end, found)",
+        (f"{SNAPSHOT}test_a_log_edited_under_a_running_campaign_voids_its_snapshots",),
+    ),
+    Mutant(
+        "snapshot-jobs-twice",
+        "selfevo/snapshot.py",
+        '        jobs={jobs[i].key: jobs[i] for i in values["jobs"]},',
+        '        jobs={jobs[i].key: JobView(*_job(jobs[i])) for i in values["jobs"]},',
+        (f"{SNAPSHOT}test_snapshot_and_tail_make_the_view_of_the_whole_log",),
+    ),
+    Mutant(
+        "live-times-unlike-logged-ones",
+        "selfevo/store.py",
+        "        now = round(time.time(), 3)  # as it is read again",
+        "        now = time.time()",
+        (f"{SNAPSHOT}test_a_running_campaign_keeps_the_view_of_its_log",),
     ),
     # ---------------------------------------------------------------- agent_tools
     Mutant(

@@ -25,7 +25,7 @@ from typing import Any
 from agent_tools import git_safe
 from agent_tools.errors import InfraError, UserError
 from agent_tools.launcher import local
-from selfevo import campaign, cli, loop
+from selfevo import campaign, cli, loop, snapshot
 from selfevo.arms import Commands
 from selfevo.campaign import RunOptions
 from selfevo.store import Store
@@ -72,7 +72,7 @@ def around(owner: Any, name: str, label: Callable[..., str | None], visit: Visit
 
 
 def every_point(visit: Visit) -> None:
-    """Visit the edges of every event, blob, git command, job start and graph checkpoint."""
+    """Visit the edges of every event, blob, snapshot, git command, job start and checkpoint."""
     from langgraph.checkpoint.sqlite import SqliteSaver
 
     def spawned(argv: Any, *args: Any, **kwargs: Any) -> str | None:
@@ -80,6 +80,7 @@ def every_point(visit: Visit) -> None:
 
     around(Store, "append", _event_point, visit)
     around(Store, "blob", lambda self, content: f"blob in {_caller()}", visit)
+    around(snapshot, "keep", lambda *args: "snapshot", visit)
     around(git_safe, "execute", _git_point, visit)
     around(local, "write_json", lambda path, *a, **k: f"launcher {_kind(path)}", visit)
     around(subprocess, "Popen", spawned, visit)
@@ -153,6 +154,7 @@ def double_commands() -> Commands:
 def session(order: dict[str, Any], visit: Visit | None = None) -> int:
     """One session of a campaign; its exit code."""
     campaign.POLL_S = 0.02
+    snapshot.EVERY, snapshot.SHARE = 1, 0.0  # one after every node
     commands = double_commands()
     if visit is not None:
         every_point(visit)

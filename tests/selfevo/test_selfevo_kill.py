@@ -43,8 +43,8 @@ def reverting_lab(path: Path) -> Path:
 
 
 def test_killed_at_every_point(tmp_path: Path) -> None:
-    """SIGKILL once at each edge of every kind of event, blob, git command, job start and graph
-    checkpoint, wherever it is called from; the graph's database is deleted every third time."""
+    """SIGKILL once at each edge of every kind of event, blob, snapshot, git command, job start
+    and graph checkpoint, wherever it is called from; the database is deleted every third time."""
     calm, lab = reverting_lab(tmp_path / "calm"), reverting_lab(tmp_path / "lab")
     record, action, deaths = tmp_path / "points", "start", 0
     with Sessions() as sessions:
@@ -69,6 +69,7 @@ def test_killed_at_every_point(tmp_path: Path) -> None:
         assert {f"event {what} before", f"event {what} after"} <= set(points)
     for what in ("merge in keep._merge", "revert in confirm._revert", "commit in reflect._append"):
         assert {f"git {what} before", f"git {what} after"} <= set(points)
+    assert {"snapshot before", "snapshot after"} <= set(points)
     assert {"supervisor before", "supervisor after", "launcher job.json after"} <= set(points)
     assert signature(lab) == signature(calm)
     assert read_view(lab / "runs/c1").prs[1].state == "reverted"
