@@ -7,7 +7,6 @@ A scaffold is a folder that the improvement loop may edit: `system.md` (the syst
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,30 @@ from ruamel.yaml.error import YAMLError
 
 from agent_tools.errors import UserError
 from agent_tools.mle_bench.facts import TaskFacts
+from agent_tools.mle_bench.policy_text import (
+    DEFAULT_SYSTEM,
+    describe,
+    extract_script,
+    one_line,
+)
 from rl.types import Message
 
-MAXIMISED = frozenset({"auc", "accuracy"})
-DEFAULT_SYSTEM = "Write a Python script that reads the csv files and writes submission.csv ."
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "DEFAULT_TURNS",
+    "Scaffold",
+    "describe",
+    "extract_script",
+    "load_scaffold",
+    "one_line",
+    "result_text",
+    "task_messages",
+    "turn_message",
+]
+
 DEFAULT_TURNS = "{result}"
 _MAX_SYSTEM_CHARS = 4000
 _MAX_TURNS = 16
-_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,28 +82,6 @@ def load_scaffold(folder: Path | None) -> Scaffold:
     )
 
 
-def describe(facts: TaskFacts) -> str:
-    """One line of about 30 words about a task, separated by single spaces.
-
-    Numbers are rounded so that near tasks read alike: rows and levels to one significant digit,
-    missing share and balance to the nearest twentieth, skew to the nearest half.
-    """
-    better = "higher" if facts.metric in MAXIMISED else "lower"
-    words = [
-        f"task {facts.kind} metric {facts.metric} {better} is better",
-        f"rows {_one_digit(facts.rows)}",
-        f"numeric {facts.numeric} categorical {facts.categorical} text {facts.text}",
-        f"levels {_one_digit(facts.levels)} missing {_twentieth(facts.missing)}",
-    ]
-    if facts.kind == "regression":
-        skew = max(-5.0, min(5.0, round(2 * facts.skew_or_balance) / 2))
-        words.append(f"skew {skew + 0.0:.1f}")
-    else:
-        words.append(f"classes {facts.classes} balance {_twentieth(facts.skew_or_balance)}")
-    words.append(f"time {'yes' if facts.time else 'no'}")
-    return " ".join(words)
-
-
 def task_messages(facts: TaskFacts, scaffold: Scaffold | None = None) -> list[Message]:
     """The opening of an episode: system message, then the description as the user's."""
     system = (scaffold or Scaffold()).system
@@ -108,30 +101,6 @@ def result_text(score: float | None, percentile: float, message: str) -> str:
 def turn_message(scaffold: Scaffold, result: str) -> Message:
     """The user message that carries a tool result into the next turn."""
     return {"role": "user", "content": scaffold.turn_text.replace("{result}", result)}
-
-
-def extract_script(content: str) -> str:
-    """The Python text of a reply: the last fenced block if there is one, else the whole reply."""
-    fenced = _FENCE.findall(content)
-    return (fenced[-1] if fenced else content).strip()
-
-
-def one_line(text: str, limit: int = 160) -> str:
-    """The last non-empty line, without control characters, at most `limit` characters long."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    return "".join(char for char in last if char.isprintable())[:limit]
-
-
-def _one_digit(n: int) -> int:
-    if n < 10:
-        return n
-    scale = 10 ** (len(str(n)) - 1)
-    return int((n + scale // 2) // scale * scale)
-
-
-def _twentieth(share: float) -> str:
-    return f"{round(share * 20) / 20:.2f}"
 
 
 def _read(path: Path) -> str:
