@@ -20,6 +20,7 @@ from agent_tools.sandbox.types import (
     ScriptPool,
     ScriptResult,
     Status,
+    View,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ScriptResult",
     "Shell",
     "Status",
+    "View",
     "WarmPool",
     "check_snapshot",
     "make_pool",

@@ -38,7 +38,7 @@ from agent_tools.sandbox.instance import (
 )
 from agent_tools.sandbox.interpreter import inspect_python
 from agent_tools.sandbox.launch import STAGE
-from agent_tools.sandbox.types import Limits, Purpose
+from agent_tools.sandbox.types import Limits, Purpose, View
 
 # Parts of /usr that hold packages or papers but nothing a script needs.
 _HIDDEN = ("/usr/local", "/usr/share", "/usr/src", "/usr/include", "/usr/lib/python3")
@@ -50,9 +50,10 @@ class BubblewrapSandbox:
     """Starts workers in bubblewrap. Raises InfraError where the host refuses.
 
     cold     a worker serves one script and imports only what that needs
+    view     what a shell shows beside its work folder
     """
 
-    def __init__(self, python: Path, *, cold: bool = False) -> None:
+    def __init__(self, python: Path, *, cold: bool = False, view: View | None = None) -> None:
         self._bwrap, self._version = _find_bwrap()
         if not seccomp.supported():
             raise InfraError(
@@ -61,6 +62,7 @@ class BubblewrapSandbox:
             )
         self._python = inspect_python(python)
         self.once = cold
+        self._view = view or View()
         self.hierarchies = find_hierarchies()
         sweep_stale(self.hierarchies)
         self._temp = self._python.temp
@@ -74,11 +76,17 @@ class BubblewrapSandbox:
         self.missing = self._lacks(cgroup, rooms)
         folders = self._python.folders
         staged = {}
-        if root and not all(_open_to_all(folder) for folder in folders):
+        mounts = self._view.mounts
+        # What is staged covers the stage itself: then everything goes there.
+        if root and (mounts or not all(_open_to_all(folder) for folder in folders)):
             staged = {str(number): str(folder) for number, folder in enumerate(folders)}
+            for number, (source, _) in enumerate(mounts):
+                staged[f"view-{number}"] = str(source)
         ours, theirs = socket.socketpair()
         code_fd = memory_file("worker", worker_archive())
         allow = seccomp.TEMPLATE_CALLS if rooms else frozenset[str]()
+        if self._view.sockets:
+            allow |= seccomp.SOCKET_CALLS
         filter_fd = memory_file("filter", seccomp.build_filter(allow=allow))
         settings = {
             "line": theirs.fileno(),
@@ -159,6 +167,8 @@ class BubblewrapSandbox:
                 flags += ["--ro-bind", name, name]
         flags += ["--ro-bind-try", "/nix/store", "/nix/store"]
         flags += ["--proc", "/proc", "--dev", "/dev"]
+        for device in self._view.devices:
+            flags += ["--dev-bind", device, device]
         flags += [*self._tmpfs("/dev/shm", SCRATCH_BYTES), "--remount-ro", "/dev"]
         flags += ["--remount-ro", "/dev/pts"]  # a mount of its own
         flags += self._tmpfs(self._temp, SCRATCH_BYTES)
@@ -179,6 +189,11 @@ class BubblewrapSandbox:
         flags += self._hide([path for path in self._python.hidden if path.is_dir()])
         for target, link in self._python.links:
             flags += ["--symlink", target, link]
+        for number, (shown, place) in enumerate(self._view.mounts):
+            source = f"{STAGE}/view-{number}" if staged else str(shown)
+            flags += ["--ro-bind", source, place]
+        for place, inside in self._view.links:
+            flags += ["--symlink", f"{WORK}/{inside}", place]
         return flags
 
     def _tmpfs(self, path: str, size: int) -> list[str]:

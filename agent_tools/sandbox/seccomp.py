@@ -102,6 +102,9 @@ _MACHINES = {
 
 # What a template needs to house its scripts; the scripts themselves get the whole filter on top.
 TEMPLATE_CALLS = frozenset({"unshare", "setns", "mount"})
+# What a program needs to speak over the loopback of its own network namespace.
+SOCKET_CALLS = frozenset({"socket", "connect", "bind", "listen"})
+_OWN_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 # Read by argument, hence not simply refused.
 _BY_ARGUMENT = ("clone", "clone3", "prlimit64", "kill")
 
@@ -172,6 +175,13 @@ def build_filter(
         if name not in allow:
             op(_JEQ, number, 0, 1)
             op(_RET, refuse)
+    if "socket" in allow:  # only families that belong to the network namespace
+        op(_JEQ, numbers["socket"], 0, 6)
+        op(_LOAD, _ARG0)
+        for left, family in enumerate(_OWN_FAMILIES, start=1):
+            op(_JEQ, family, 4 - left, 0)
+        op(_RET, refuse)
+        op(_LOAD, _NR)
     # clone: no new namespaces
     op(_JEQ, numbers["clone"], 0, 3)
     op(_LOAD, _ARG0)

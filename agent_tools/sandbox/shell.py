@@ -22,7 +22,7 @@ from agent_tools.sandbox.instance import Instance, Sandbox, memory_file
 from agent_tools.sandbox.isolation import full_or_closed
 from agent_tools.sandbox.link import WorkerGoneError
 from agent_tools.sandbox.snapshot import MOST_BYTES, MOST_ENTRIES, check_snapshot
-from agent_tools.sandbox.types import CommandResult, Limits, PoolKind, SandboxError
+from agent_tools.sandbox.types import CommandResult, Limits, PoolKind, SandboxError, View
 from agent_tools.sandbox.workers import (
     ANSWER_GRACE_S,
     START_S,
@@ -197,13 +197,15 @@ def open_shell(
     inputs: Path | None = None,
     limits: Limits | None = None,
     python: Path | None = None,
+    view: View | None = None,
     require_full_isolation: bool = False,
 ) -> Shell:
-    """Open a shell; `inputs` is a folder whose files appear in its work folder.
+    """Open a shell; `inputs` is a folder whose files appear in its work folder, `view` what it
+    shows beside that.
 
     Raises as `make_pool`; the kind "process" has no shell.
     """
     if kind == "process":
         raise SandboxError("sandbox kind 'process' has no shell: use 'bubblewrap' or 'docker'")
-    shell = Shell(make_sandbox(kind, python), limits or Limits(cpu_seconds=10), inputs)
+    shell = Shell(make_sandbox(kind, python, view=view), limits or Limits(cpu_seconds=10), inputs)
     return full_or_closed(shell) if require_full_isolation else shell

@@ -59,6 +59,43 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a shell shows beside its work folder; bubblewrap only.
+
+    mounts    (folder of the host, absolute place): shown read-only
+    links     (absolute place, path in the work folder): a name of a writable place
+    sockets   whether programs may open sockets; their network is a loopback of their own, so all
+              that they reach is each other and sockets in `mounts`
+    devices   of the host, below /dev, shown as they are: a program may then do to them whatever the
+              driver lets an ordinary user do
+    """
+
+    mounts: tuple[tuple[Path, str], ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
+    sockets: bool = False
+    devices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for source, place in self.mounts:
+            if not source.is_dir():
+                raise SandboxError(f"sandbox mount {source}: is no folder; make it first")
+            _check_place(place)
+        for device in self.devices:
+            if not device.startswith("/dev/nvidia") or not Path(device).is_char_device():
+                raise SandboxError(f"sandbox device {device}: is none of a GPU on this host")
+        for place, target in self.links:
+            _check_place(place)
+            if not target or target.startswith("/") or ".." in target.split("/"):
+                raise SandboxError(f"sandbox link {place}: {target!r} leads out of the work folder")
+
+
+def _check_place(place: str) -> None:
+    taken = ("/usr", "/bin", "/lib", "/proc", "/dev", "/etc", "/sandbox", "/tmp")
+    if not place.startswith("/") or ".." in place.split("/") or place.startswith(taken):
+        raise SandboxError(f"sandbox place {place!r}: use an absolute path such as /home/data")
+
+
+@dataclass(frozen=True)
 class ScriptJob:
     """One Python script.
 
