@@ -21,7 +21,7 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
 .PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests verify-sandbox \
-  verify-storm clean
+  verify-storm medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -87,6 +87,24 @@ verify-sandbox: setup-dev
 	SELFEVO_REQUIRE=all $(PY) -m pytest -q tests/agent_tools/test_sandbox_*.py
 	$(PY) -m benchmarks.sandbox
 
+# The bundled model on the first five competitions, three seeds; stopped, it goes on where it was.
+MEDALS ?= .cache/medals/$(or $(shell git rev-parse --short HEAD 2>/dev/null),local)
+medals: setup
+	@$(PY) -m agent_tools.mle_agent run --suite $(SUITE) --seeds 3 --settings nano --base-url auto \
+	  --out '$(MEDALS)'
+
+# AIDE runs in the agents' container with an environment of its own, never in CI.
+setup-aide: .venv-aide/.stamp
+.venv-aide/.stamp: agent_tools/mle_agent/agents/aide/requirements.txt
+	$(PYTHON) -m venv .venv-aide
+	$(call PIP,.venv-aide) --no-deps aideml==0.2.2
+	$(call PIP,.venv-aide) -r $<
+	@touch $@
+
+# Our agent and AIDE with one scripted model: same scripts, same selection, same scores.
+verify-peers: setup setup-aide
+	$(PY) -m tests.agent_tools.mle_peers
+
 verify-digests: setup
 	$(PY) -m benchmarks.agent_digests verify --count 5
 
@@ -94,4 +112,4 @@ verify-storm: setup-dev
 	$(PY) -m tests.selfevo.storm --kills 200
 
 clean:
-	rm -rf .venv .venv-script .venv-prepare .venv-bench .data
+	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-aide .data
