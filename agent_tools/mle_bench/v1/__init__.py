@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 
 from agent_tools.mle_bench.facts import TaskFacts
-from agent_tools.mle_bench.recipes import Recipe
+from agent_tools.mle_bench.recipes import Recipe, field_recipes
+from agent_tools.mle_bench.v1 import crashes, demand, diamonds, flights, mails, storms
 
-RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {}
+RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
+    "tweet-sentiment-full": field_recipes,
+    "diamonds-price-full": diamonds.recipes,
+    "food-reviews-full": field_recipes,
+    "spam-mail": mails.recipes,
+    "storm-status": storms.recipes,
+    "crash-survival": crashes.recipes,
+    "electricity-demand-full": demand.recipes,
+    "nyc-flight-airtime": flights.recipes,
+}
 """Recipes by competition id; those not named here have theirs written from their facts."""
+
+if find_spec("agent_tools.mle_bench.v1.special"):
+    RECIPES |= import_module("agent_tools.mle_bench.v1.special").SPECIAL_RECIPES
