@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,11 +130,9 @@ def _stored(data: bytes) -> bytes:
     return b"".join([*parts, struct.pack(">I", zlib.adler32(data))])
 
 
-def write_zip(path: Path, members: Mapping[str, bytes]) -> None:
-    """A ZIP archive of stored members, with no time of the day in it."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            info = zipfile.ZipInfo(name)
-            info.create_system = 3
-            info.external_attr = 0o644 << 16
-            archive.writestr(info, data)
+def write_files(folder: Path, members: Mapping[str, bytes]) -> None:
+    """Files by their path under ``folder``, whose sub-folders are made."""
+    for name, data in members.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from agent_tools.mle_bench.grouped import png, write_folds, write_zip
+from agent_tools.mle_bench.grouped import png, write_files, write_folds
 from agent_tools.mle_bench.tables import split_by_hash, without_duplicates, write_tables
 
 ID = "mnist5k"
@@ -19,7 +19,7 @@ CLASSES = [f"digit_{number}" for number in range(10)]
 def prepare(raw: Path, public: Path, private: Path) -> None:
     """3,500 training and 1,500 test images with equal shares of the digits.
 
-    The tables name the images, which lie in ``images.zip``; three folds of 500 test images.
+    The tables name the images, which lie in ``images/``; three folds of 500 test images.
     """
     source = pd.read_csv(raw / "mnist_5k.csv.gz", header=None, dtype=np.uint8)
     table = source.set_axis([*map(str, range(SIDE * SIDE)), "target"], axis=1)
@@ -39,5 +39,5 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
         classes=CLASSES,
         fill=1 / len(CLASSES),
     )
-    write_zip(public / "images.zip", images)
+    write_files(public / "images", images)
     write_folds(private, [row % 3 for row in range(len(test))])

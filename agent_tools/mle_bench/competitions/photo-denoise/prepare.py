@@ -18,8 +18,8 @@ from agent_tools.mle_bench.grouped import (
     png,
     rank_of,
     three_folds,
+    write_files,
     write_folds,
-    write_zip,
 )
 from agent_tools.mle_bench.tables import write_tables
 
@@ -37,8 +37,8 @@ Field = npt.NDArray[np.float64]
 def prepare(raw: Path, public: Path, private: Path) -> None:
     """Eight photographs to fit and six to test, at most 60 and 27 crops of each.
 
-    ``train_images.zip`` holds each crop clean and dirty, ``test_images.zip`` only dirty. A row of
-    the tables is a pixel: some of each crop, as all of them would be 650,000 rows.
+    ``train_images/`` holds each crop clean and dirty, ``test_images/`` only dirty. A row of the
+    tables is a pixel: some of each crop, as all of them would be 650,000 rows.
     """
     photos = dict(_photos(raw))
     names = sorted(photos, key=lambda name: rank_of(name, ID))
@@ -47,14 +47,14 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
         chosen = names[:TEST_PHOTOS] if held_out else names[TEST_PHOTOS:]
         crops = [crop for name in chosen for crop in _crops(name, photos[name], most)]
         table = pd.DataFrame([key for key, _ in crops], columns=["photo", "top", "left"])
-        by_key = {key: pixels for key, pixels in crops}
+        by_key = dict(crops)
         keys = list(in_order(table, ID).itertuples(index=False, name=None))
         parts.append([(key, by_key[key]) for key in keys])
     train, clean_images, dirty_images, _ = _rows(parts[0], 0, TRAIN_ASKED)
     test, _, test_images, photo_of_row = _rows(parts[1], len(parts[0]), TEST_ASKED)
     write_tables(train, test, public, private, fill=128.0)
-    write_zip(public / "train_images.zip", clean_images | dirty_images)
-    write_zip(public / "test_images.zip", test_images)
+    write_files(public / "train_images", clean_images | dirty_images)
+    write_files(public / "test_images", test_images)
     write_folds(private, three_folds(photo_of_row))
 
 
