@@ -1,0 +1,227 @@
+"""Reference scripts for mnist5k: from sums of ink to nets on edge directions of shifted images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from agent_tools.mle_bench.catalogue import Call, call
+from agent_tools.mle_bench.compose import Choices, calibrated, compose
+from agent_tools.mle_bench.facts import TaskFacts
+from agent_tools.mle_bench.recipes import Recipe
+from agent_tools.mle_bench.v1.fill import Named, constant_classes, fill
+
+_SEED = "random_state=0"
+_LOAD = (
+    "from PIL import Image",
+    'load = lambda d: np.array( [ np.asarray( Image.open( "images/" + f ) ) for f in d["image"] ] )',
+    "P, Q = load( X ) / 255, load( Z ) / 255",
+)
+_TABLE = "X, Z = [ pd.DataFrame( {expression} ) for p in (P, Q) ]"
+_PIXELS = "p.reshape( len(p), -1 )"
+_SHRUNK = "p.reshape( -1, 14, 2, 14, 2 ).mean( (2, 4) ).reshape( len(p), -1 )"
+_COARSE = "p.reshape( -1, 7, 4, 7, 4 ).mean( (2, 4) ).reshape( len(p), -1 )"
+_SUMS = "np.hstack( [ p.sum( 1 ), p.sum( 2 ) ] )"
+_UPRIGHT = (
+    "from scipy.ndimage import affine_transform",
+    "def upright( p ):",
+    "    y, x = np.mgrid[:28, :28]",
+    "    cy, cx = ( y * p ).sum() / p.sum(), ( x * p ).sum() / p.sum()",
+    "    slant = ( ( x - cx ) * ( y - cy ) * p ).sum() / ( ( y - cy ) ** 2 * p ).sum()",
+    "    turn = np.array( [ [ 1, 0 ], [ slant, 1 ] ] )",
+    "    return affine_transform( p, turn, np.array( [ cy, cx ] ) - turn @ [ 13.5, 13.5 ], order=1 )",
+    "P, Q = [ np.array( [ upright( i ) for i in p ] ) for p in (P, Q) ]",
+)
+"""Slanted digits are sheared upright and put in the middle."""
+_SHIFTED = (
+    "moves = [ (0, 0), (0, 1), (0, -1), (1, 0), (-1, 0) ]",
+    "P, y = np.concatenate( [ np.roll( P, m, (1, 2) ) for m in moves ] ), pd.concat( [ y ] * 5 )",
+)
+"""Each training image also one pixel up, down, left and right."""
+
+
+def _edges(bins: int, step: int) -> tuple[str, ...]:
+    """Histograms of edge directions over overlapping cells, ``step`` pixels apart."""
+    return (
+        "from scipy.ndimage import gaussian_filter",
+        "def edges( p ):",
+        "    gy, gx = np.gradient( p, axis=(1, 2) )",
+        f"    turn = np.arctan2( gy, gx ) / ( 2 * np.pi ) * {bins}",
+        "    parts = []",
+        f"    for b in range( {bins} ):",
+        f"        near = np.clip( 1 - np.abs( ( turn - b + {bins} / 2 ) % {bins} - {bins} / 2 ), 0, 1 )",
+        f"        smooth = gaussian_filter( near * np.hypot( gx, gy ), (0, {step / 2}, {step / 2}) )",
+        f"        parts.append( smooth[:, {step // 2}::{step}, {step // 2}::{step}] )",
+        "    f = np.stack( parts, 1 ).reshape( len(p), -1 )",
+        "    return np.sqrt( f / f.sum( 1, keepdims=True ) ) * 5",
+    )
+
+
+def recipes(facts: TaskFacts) -> list[Recipe]:
+    """The 100 scripts; only the kind and metric of ``facts`` matter."""
+    pixels = replace(facts, numeric=784, categorical=0, text=0, missing=0.0)
+    return fill(
+        trivial=[*constant_classes(), *_trivial(pixels)],
+        default=_default(pixels),
+        tuned=_tuned(pixels),
+        strong=_strong(pixels),
+    )
+
+
+def _script(
+    facts: TaskFacts,
+    expression: str,
+    *models: Call,
+    before: tuple[str, ...] = (),
+    numeric: tuple[Call, ...] = (),
+    reduce: tuple[Call, ...] = (),
+    weights: tuple[int, ...] = (),
+) -> str:
+    extra = (*_LOAD, *before, _TABLE.format(expression=expression))
+    return compose(
+        facts,
+        Choices(models, numeric, None, extra=extra, reduce=reduce, weights=weights),
+    )
+
+
+def _trivial(facts: TaskFacts) -> Iterator[Named]:
+    numbers = {
+        "ink": "p.sum( (1, 2) )[:, None]",
+        "width": "( p.max( 1 ) > 0.5 ).sum( 1 )[:, None]",
+        "middle": "p[:, 14, 14][:, None]",
+        "top": "p[:, :9].sum( (1, 2) )[:, None]",
+    }
+    models = {
+        "linear": call("LogisticRegression"),
+        "stump": call("DecisionTreeClassifier", "max_depth=1", _SEED),
+        "tree": call("DecisionTreeClassifier", "max_depth=3", _SEED),
+    }
+    for (name, expression), (kind, model) in product(numbers.items(), models.items()):
+        yield f"{name}-{kind}", _script(facts, expression, model)
+
+
+def _default(facts: TaskFacts) -> Iterator[Named]:
+    models = (
+        call("LogisticRegression", "max_iter=100"),
+        call("KNeighborsClassifier"),
+        call("GaussianNB"),
+        call("DecisionTreeClassifier", _SEED),
+        call("RandomForestClassifier", _SEED),
+        call("ExtraTreesClassifier", _SEED),
+        call("AdaBoostClassifier", "n_estimators=30", _SEED),
+        call("HistGradientBoostingClassifier", "max_iter=30", _SEED),
+        call("SGDClassifier", 'loss="log_loss"', _SEED),
+        call("BaggingClassifier", _SEED),
+        call("SVC"),
+        call("MLPClassifier", "max_iter=30", _SEED),
+    )
+    for name, expression in (("sums", _SUMS), ("coarse", _COARSE), ("shrunk", _SHRUNK)):
+        for model in models:
+            yield f"{name}-{model.name}", _script(facts, expression, model)
+
+
+def _net(width: int, penalty: float, rounds: int = 40, seed: int = 0) -> Call:
+    return call(
+        "MLPClassifier",
+        f"hidden_layer_sizes=({width},)",
+        f"alpha={penalty}",
+        f"max_iter={rounds}",
+        f"random_state={seed}",
+    )
+
+
+def _pca(parts: int) -> tuple[Call, ...]:
+    return (call("PCA", str(parts), _SEED),)
+
+
+def _logistic(strength: float) -> Call:
+    return call("LogisticRegression", f"C={strength}", "max_iter=100")
+
+
+def _margin(strength: float) -> Call:
+    return calibrated(call("SVC", f"C={strength}"))
+
+
+def _tuned(facts: TaskFacts) -> Iterator[Named]:
+    for strength in (0.02, 0.05, 0.2):
+        model = _logistic(strength)
+        yield f"logistic-{strength}", _script(facts, _PIXELS, model)
+        yield f"upright-logistic-{strength}", _script(facts, _PIXELS, model, before=_UPRIGHT)
+    for width, penalty in product((100, 200), (0.1, 1.0)):
+        model = _net(width, penalty)
+        yield f"net-{width}-{penalty}", _script(facts, _PIXELS, model)
+        yield f"upright-net-{width}-{penalty}", _script(facts, _SHRUNK, model, before=_UPRIGHT)
+    for parts, strength in product((25, 40, 60), (3.0, 10.0)):
+        model = _margin(strength)
+        yield f"pca-{parts}-svc-{strength}", _script(facts, _PIXELS, model, reduce=_pca(parts))
+    for parts in (25, 40):
+        yield (
+            f"upright-pca-{parts}-svc",
+            _script(facts, _PIXELS, _margin(5.0), before=_UPRIGHT, reduce=_pca(parts)),
+        )
+    for share in (0.02, 0.1):
+        trees = ("n_estimators=300", f"max_features={share}", _SEED)
+        yield f"extra-{share}", _script(facts, _PIXELS, Call("ExtraTreesClassifier", trees))
+        yield f"forest-{share}", _script(facts, _PIXELS, Call("RandomForestClassifier", trees))
+    for shrinkage in (0.05, 0.2):
+        model = call("LinearDiscriminantAnalysis", 'solver="lsqr"', f"shrinkage={shrinkage}")
+        yield f"upright-discriminant-{shrinkage}", _script(facts, _PIXELS, model, before=_UPRIGHT)
+    for k in (5, 10):
+        model = call("KNeighborsClassifier", f"n_neighbors={k}", 'weights="distance"')
+        yield (
+            f"upright-knn-{k}",
+            _script(facts, _PIXELS, model, before=_UPRIGHT, reduce=_pca(40)),
+        )
+    hist = call("HistGradientBoostingClassifier", "max_iter=80", "learning_rate=0.15", _SEED)
+    yield "hist", _script(facts, _SHRUNK, hist)
+    for penalty in (0.02, 0.1):
+        model = call("QuadraticDiscriminantAnalysis", f"reg_param={penalty}")
+        yield f"pca-quadratic-{penalty}", _script(facts, _PIXELS, model, reduce=_pca(40))
+    edges = (*_edges(8, 7),)
+    yield "edges-logistic", _script(facts, "edges( p )", _logistic(0.3), before=edges)
+    yield "edges-forest", _script(
+        facts, "edges( p )", call("RandomForestClassifier", _SEED), before=edges
+    )
+
+
+def _strong(facts: TaskFacts) -> Iterator[Named]:
+    for bins, step in ((8, 4), (9, 5)):
+        edges = _edges(bins, step)
+        for upright in (False, True):
+            before = (*(_UPRIGHT if upright else ()), *edges)
+            name = f"{'upright-' if upright else ''}edges-{bins}-{step}"
+            yield f"{name}-svc", _script(facts, "edges( p )", _margin(10.0), before=before)
+            yield (
+                f"{name}-net-svc",
+                _script(facts, "edges( p )", _margin(10.0), _net(200, 0.3), before=before),
+            )
+            shifted = (*(_UPRIGHT if upright else ()), *_SHIFTED, *edges)
+            yield (
+                f"shifted-{name}-net",
+                _script(facts, "edges( p )", _net(150, 0.3, 12), before=shifted),
+            )
+    nets = tuple(_net(150, 0.3, 10, seed) for seed in range(2))
+    yield (
+        "shifted-upright-edges-nets",
+        _script(facts, "edges( p )", *nets, before=(*_UPRIGHT, *_SHIFTED, *_edges(8, 5))),
+    )
+    yield (
+        "upright-edges-three",
+        _script(
+            facts,
+            "edges( p )",
+            *(_margin(10.0), _net(200, 0.3), _logistic(3.0)),
+            before=(*_UPRIGHT, *_edges(8, 5)),
+            weights=(2, 2, 1),
+        ),
+    )
+    yield (
+        "upright-edges-three-nets",
+        _script(
+            facts,
+            "edges( p )",
+            *(_net(200, 0.3, 40, seed) for seed in range(3)),
+            before=(*_UPRIGHT, *_edges(8, 5)),
+        ),
+    )
