@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from agent_tools.mle_bench.facts import TaskFacts
 from agent_tools.mle_bench.recipes import Recipe, field_recipes
-from agent_tools.mle_bench.v1 import digits, languages, lemmas, phones, presidents, vowels
+from agent_tools.mle_bench.v1 import denoise, digits, languages, lemmas, phones, presidents, vowels
 
 SPECIAL_RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "mnist5k": digits.recipes,
@@ -15,5 +15,6 @@ SPECIAL_RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "sotu-president": presidents.recipes,
     "cmudict-g2p": phones.recipes,
     "russian-lemma": lemmas.recipes,
+    "photo-denoise": denoise.recipes,
     "flavia-leaf": field_recipes,
 }
