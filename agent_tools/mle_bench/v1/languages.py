@@ -90,7 +90,7 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
         yield f"words-svc-{strength}", script(_margin(strength), _words("min_df=2"))
     for strength in (5.0, 20.0):
         yield f"words-logistic-{strength}", script(_logistic(strength), _words())
-    for alpha in (0.02, 0.1):
+    for alpha in (0.02, 0.1, 0.3):
         yield f"words-bayes-{alpha}", script(_bayes(alpha), _words())
     yield "words-complement", script(call("ComplementNB", "alpha=0.1"), _words())
     sparse = _letters(1, 3, "max_features=3000")

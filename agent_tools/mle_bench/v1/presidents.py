@@ -102,41 +102,62 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
     yield "words-bernoulli", script(call("BernoulliNB", "alpha=0.1"), sets["words"])
 
 
+_TWO_VIEWS = """\
+import numpy as np
+import pandas as pd
+from scipy.sparse import hstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
+train, test = pd.read_csv( "train.csv" ), pd.read_csv( "test.csv" )
+sub = pd.read_csv( "sample_submission.csv" )
+def view( vec ):
+    return vec.fit_transform( train["text"] ), vec.transform( test["text"] )
+A, B = view( {words} )
+C, D = view( {letters} )
+bayes = MultinomialNB( alpha={alpha} ).fit( A, train["target"] ).predict_proba( B )
+model = LogisticRegression( C={strength}, max_iter=60 )
+model.fit( hstack( [ A, C ] ).tocsr(), train["target"] )
+linear = model.predict_proba( hstack( [ B, D ] ).tocsr() )
+p = {mix}
+sub[model.classes_] = p / p.sum( 1, keepdims=True )
+sub.to_csv( "submission.csv", index=False )"""
+_MEAN = "( bayes + linear ) / 2"
+_GEOMETRIC = "np.sqrt( bayes * linear + 1e-12 )"
+
+
 def _strong(facts: TaskFacts) -> Iterator[Named]:
-    marks = _words(MARKS, "ngram_range=(1, 2)", "min_df=2", _SUB)
-    triples = _words(MARKS, "ngram_range=(1, 3)", "min_df=2", _SUB)
-    for name, words in (("marks", marks), ("triples", triples)):
-        for high, strength in ((4, 3.0), (5, 4.0)):
-            both = (words, _letters(2, high, 4))
-            yield (
-                f"{name}-letters-{high}-logistic-{strength}",
-                compose(facts, Choices((_logistic(strength),), vectorisers=both)),
-            )
-        for high, alpha in ((4, 0.1), (5, 0.1)):
-            both = (words, _letters(2, high, 4))
-            yield (
-                f"{name}-letters-{high}-logistic-bayes",
-                compose(facts, Choices((_logistic(6.0), _bayes(alpha)), vectorisers=both)),
-            )
-            yield (
-                f"{name}-letters-{high}-logistic-svc",
-                compose(facts, Choices((_logistic(6.0), _margin(0.15)), vectorisers=both)),
-            )
+    """A linear model of words and letters, averaged with a naive Bayes of word pairs."""
+    spans = {"pairs": 2, "triples": 3}
+    mixes = {"mean": _MEAN, "geometric": _GEOMETRIC}
+    for (name, span), alpha, (mix, expression) in product(
+        spans.items(), (0.03, 0.08), mixes.items()
+    ):
+        words = _words(MARKS, f"ngram_range=(1, {span})", "min_df=2", _SUB)
         yield (
-            f"{name}-letters-4-three",
-            compose(
-                facts,
-                Choices(
-                    (_logistic(6.0), _bayes(0.1), _margin(0.15)),
-                    vectorisers=(words, _letters(2, 4, 4)),
-                    weights=(2, 1, 2),
-                ),
+            f"{name}-bayes-{alpha}-letters-4-{mix}",
+            _TWO_VIEWS.format(
+                words=words, letters=_letters(2, 4, 4), alpha=alpha, strength=3.0, mix=expression
             ),
         )
+    words = _words(MARKS, "ngram_range=(1, 2)", "min_df=2", _SUB)
+    for high, strength, alpha in ((3, 5.0, 0.05), (3, 2.0, 0.05), (4, 6.0, 0.05), (5, 3.0, 0.05)):
+        yield (
+            f"bayes-letters-{high}-{strength}",
+            _TWO_VIEWS.format(
+                words=words,
+                letters=_letters(2, high, 4),
+                alpha=alpha,
+                strength=strength,
+                mix=_GEOMETRIC,
+            ),
+        )
+    both = (words, _letters(2, 4, 4))
+    yield "letters-4-logistic", compose(facts, Choices((_logistic(3.0),), vectorisers=both))
+    models = (_logistic(6.0), _bayes(0.1), _margin(0.15))
     yield (
-        "marks-letters-3-logistic-svc",
-        compose(
-            facts,
-            Choices((_logistic(6.0), _margin(0.15)), vectorisers=(marks, _letters(1, 3, 3))),
-        ),
+        "letters-4-three",
+        compose(facts, Choices(models, vectorisers=both, weights=(2, 1, 2))),
     )
+    few = (words, _letters(1, 3, 3))
+    yield "letters-3-three", compose(facts, Choices(models, vectorisers=few))
