@@ -163,20 +163,20 @@ sub.to_csv( "submission.csv", index=False )"""
 
 def _strong(facts: TaskFacts) -> Iterator[Named]:
     raw, lower = "text", "text.lower()"
-    for order, temper in product((4, 5, 6), (0.5, 0.8)):
+    for order, temper in product((4, 5, 6), (0.2, 0.35)):
         model = _MODEL.format(order=order, temper=temper, clean=lower, scale="")
         yield f"letter-model-{order}-{temper}", model + _SOFTMAX + _END
     for order, clean in product((4, 5), (raw, lower)):
-        model = _MODEL.format(order=order, temper=0.65, clean=clean, scale="")
+        model = _MODEL.format(order=order, temper=0.5, clean=clean, scale="")
         mixed = _WITH_MODEL.format(high=3, strength=20.0, share=0.7)
         kind = "lower" if clean == lower else "raw"
         yield f"letter-model-{order}-{kind}-logistic", model + _SOFTMAX + mixed + _END
     for order in (4, 5, 6):
         model = _MODEL.format(
-            order=order, temper=4.0, clean=lower, scale=" / np.sqrt( lengths + 10 )[:, None]"
+            order=order, temper=1.5, clean=lower, scale=" / np.sqrt( lengths + 10 )[:, None]"
         )
         yield f"letter-model-{order}-length", model + _SOFTMAX + _END
     for high in (4, 5):
-        model = _MODEL.format(order=5, temper=0.65, clean=lower, scale="")
+        model = _MODEL.format(order=5, temper=0.5, clean=lower, scale="")
         mixed = _WITH_MODEL.format(high=high, strength=50.0, share=0.6)
         yield f"letter-model-5-logistic-{high}", model + _SOFTMAX + mixed + _END
