@@ -10,7 +10,7 @@ from agent_tools.mle_bench.compose import Choices, calibrated, compose
 from agent_tools.mle_bench.facts import TaskFacts
 from agent_tools.mle_bench.recipes import Recipe
 from agent_tools.mle_bench.v1.fill import Named, constant_classes, fill
-from agent_tools.mle_bench.v1.texts import number_scripts
+from agent_tools.mle_bench.v1.language_texts import number_scripts
 
 _SEED = "random_state=0"
 _TOPICS = (call("TruncatedSVD", "30", _SEED),)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from agent_tools.mle_bench.grouped import png, write_files, write_folds
+from agent_tools.mle_bench.special_files import png, write_files, write_folds
 from agent_tools.mle_bench.tables import split_by_hash, without_duplicates, write_tables
 
 ID = "mnist5k"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from agent_tools.mle_bench.grouped import (
+from agent_tools.mle_bench.special_files import (
     Pixels,
     in_order,
     png,

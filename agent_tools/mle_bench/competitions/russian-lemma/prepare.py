@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.grouped import (
+from agent_tools.mle_bench.special_files import (
     NOT_A_VALUE,
     in_order,
     rank_of,

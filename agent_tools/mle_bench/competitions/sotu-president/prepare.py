@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.grouped import (
+from agent_tools.mle_bench.special_files import (
     choose_groups,
     in_order,
     three_folds,
