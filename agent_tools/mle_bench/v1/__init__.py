@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 
 from agent_tools.mle_bench.facts import TaskFacts
 from agent_tools.mle_bench.recipes import Recipe, field_recipes
 from agent_tools.mle_bench.v1 import crashes, demand, diamonds, flights, mails, storms
+from agent_tools.mle_bench.v1.special import SPECIAL_RECIPES
 
 RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "tweet-sentiment-full": field_recipes,
@@ -19,8 +18,6 @@ RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "crash-survival": crashes.recipes,
     "electricity-demand-full": demand.recipes,
     "nyc-flight-airtime": flights.recipes,
+    **SPECIAL_RECIPES,
 }
 """Recipes by competition id; those not named here have theirs written from their facts."""
-
-if find_spec("agent_tools.mle_bench.v1.special"):
-    RECIPES |= import_module("agent_tools.mle_bench.v1.special").SPECIAL_RECIPES
