@@ -115,8 +115,9 @@ for form in test["form"]:
 # all of them give the tables for the test.
 _RANK = """\
 from sklearn.ensemble import HistGradientBoostingClassifier
-tails = { n: Counter( l[-n:] for l in dict.fromkeys( lemmas ) ) for n in (2, 3, 4, 5) }
-def candidates( form, tables ):
+def tails_of( lemmas ):
+    return { n: Counter( l[-n:] for l in dict.fromkeys( lemmas ) ) for n in (2, 3, 4, 5) }
+def candidates( form, tables, tails ):
     votes = shares( form, tables )
     rows, found = [], []
     top = votes.most_common( 5 )
@@ -133,17 +134,18 @@ def candidates( form, tables ):
         found.append( lemma )
     return rows, found
 side = np.array( [ hash_of( l ) % 2 for l in lemmas ] )
+half_tails = tails_of( [ l for l, s in zip( lemmas, side ) if s ] )
 half = count( [ f for f, s in zip( forms, side ) if s ], [ r for r, s in zip( rules, side ) if s ] )
 A, y = [], []
 for form, lemma in [ (f, l) for f, l, s in zip( forms, lemmas, side ) if not s ][:EXAMPLES]:
-    rows, found = candidates( form, half )
+    rows, found = candidates( form, half, half_tails )
     A += rows
     y += [ f == lemma for f in found ]
 model = HistGradientBoostingClassifier( max_iter=ROUNDS, random_state=0 ).fit( np.array( A ), y )
 del half
-rows, places, options = [], [], []
+rows, places, options, tails = [], [], [], tails_of( lemmas )
 for form in test["form"]:
-    r, found = candidates( form, tables )
+    r, found = candidates( form, tables, tails )
     places.append( (len(rows), len(rows) + len(r)) )
     rows += r
     options.append( found or [ form ] )
