@@ -212,9 +212,7 @@ def _tuned() -> Iterator[Named]:
         for centre, rounds in product((False, True), (60, 150)):
             yield (
                 f"{name}-filters-hist-{rounds}{'-centred' if centre else ''}",
-                _model(
-                    (_hist(rounds, 0.1),), radius=0, sizes=sizes, blurs=blurs, centre=centre
-                ),
+                _model((_hist(rounds, 0.1),), radius=0, sizes=sizes, blurs=blurs, centre=centre),
             )
     for radius in (1, 2, 4):
         yield f"ridge-{radius}", _model(("Ridge( alpha=1.0 )",), radius=radius, despeckle=True)
@@ -264,8 +262,12 @@ def _strong() -> Iterator[Named]:
         yield f"{name}-net-hist", script((_net(100, 20), _hist(250, 0.1)), name, 120)
         yield f"{name}-two-nets", script((_net(100, 20), _net(100, 20, 0.5, 1)), name, 120)
         yield f"{name}-hist", script((_hist(300, 0.1, 63),), name, 150, scale=False)
-        yield f"{name}-two-nets-hist", script(
-            (_net(80, 20), _net(80, 20, 0.5, 1), _hist(250, 0.1)), name, 120
+        yield (
+            f"{name}-two-nets-hist",
+            script((_net(80, 20), _net(80, 20, 0.5, 1), _hist(250, 0.1)), name, 120),
         )
         yield f"{name}-penalised-net", script((_net(120, 20, 3.0),), name, 150)
-    yield "wide-net-two-hists", script((_net(120, 20), _hist(250, 0.1), _hist(200, 0.08, 15)), "wide", 120)
+    yield (
+        "wide-net-two-hists",
+        script((_net(120, 20), _hist(250, 0.1), _hist(200, 0.08, 15)), "wide", 120),
+    )

@@ -180,8 +180,9 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
         yield f"pca-quadratic-{penalty}", _script(facts, _PIXELS, model, reduce=_pca(40))
     edges = (*_edges(8, 7),)
     yield "edges-logistic", _script(facts, "edges( p )", _logistic(0.3), before=edges)
-    yield "edges-forest", _script(
-        facts, "edges( p )", call("RandomForestClassifier", _SEED), before=edges
+    yield (
+        "edges-forest",
+        _script(facts, "edges( p )", call("RandomForestClassifier", _SEED), before=edges),
     )
 
 

@@ -97,8 +97,9 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
     extra = call("ExtraTreesClassifier", "n_estimators=200", _SEED)
     yield "letters-extra", script(extra, sparse)
     yield "topics-net", script(call("MLPClassifier", "max_iter=60", _SEED), sparse, reduce=_TOPICS)
-    yield "topics-knn", script(
-        call("KNeighborsClassifier", "n_neighbors=15"), sparse, reduce=_TOPICS
+    yield (
+        "topics-knn",
+        script(call("KNeighborsClassifier", "n_neighbors=15"), sparse, reduce=_TOPICS),
     )
     hist = call("HistGradientBoostingClassifier", "max_iter=30", _SEED)
     yield "topics-hist", script(hist, sparse, reduce=_TOPICS)

@@ -292,7 +292,5 @@ def _strong() -> Iterator[Named]:
         for longest in (8, 12):
             yield (
                 f"ranked-{back}-to-{longest}",
-                _mixed(
-                    300_000, range(1, longest + 1), back, 0.5, examples=30_000, rounds=100
-                ),
+                _mixed(300_000, range(1, longest + 1), back, 0.5, examples=30_000, rounds=100),
             )

@@ -88,8 +88,9 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
     for (name, vectoriser), strength in product(sets.items(), (0.05, 0.2)):
         yield f"{name}-svc-{strength}", script(_margin(strength), vectoriser)
     for high, strength in ((3, 1.0), (3, 3.0), (4, 2.0)):
-        yield f"letters-{high}-logistic-{strength}", script(
-            _logistic(strength), _letters(2, high, 5)
+        yield (
+            f"letters-{high}-logistic-{strength}",
+            script(_logistic(strength), _letters(2, high, 5)),
         )
     for high in (4, 5):
         yield f"letters-{high}-bayes", script(_bayes(0.1), _letters(2, high, 5))

@@ -18,7 +18,7 @@ _POWER = (call("PowerTransformer"),)
 _LOAD = (
     'S, T = pd.read_csv("train_series.csv"), pd.read_csv("test_series.csv")',
     "def table( f, s, ids ):",
-    "    rows = { i: f( d.to_numpy()[:, 2:] ) for i, d in s.groupby( \"id\" ) }",
+    '    rows = { i: f( d.to_numpy()[:, 2:] ) for i, d in s.groupby( "id" ) }',
     "    return pd.DataFrame( [ np.ravel( rows[i] ) for i in ids ] )",
 )
 _APPLY = 'X, Z = table( f, S, train["id"] ), table( f, T, test["id"] )'
@@ -27,9 +27,7 @@ _FIRST = "f = lambda v: v[0]"
 _SPREAD = "f = lambda v: v.std( 0 )"
 _MOMENTS = "f = lambda v: [ v.mean( 0 ), v.std( 0 ) ]"
 _RANGE = "f = lambda v: [ v.min( 0 ), v.max( 0 ) ]"
-_QUARTILES = (
-    "f = lambda v: np.vstack( [ v.mean( 0 ), v.std( 0 ), np.quantile( v, [ 0.25, 0.5, 0.75 ], 0 ) ] )"
-)
+_QUARTILES = "f = lambda v: np.vstack( [ v.mean( 0 ), v.std( 0 ), np.quantile( v, [ 0.25, 0.5, 0.75 ], 0 ) ] )"
 
 
 def _course(points: int) -> tuple[str, ...]:
@@ -147,8 +145,9 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
         yield f"{name}-extra", _script(facts, feature, extra)
     for points in (3, 6, 12):
         course = _course(points)
-        yield f"course-{points}-knn", _script(
-            facts, course, call("KNeighborsClassifier", "n_neighbors=8"), numeric=_SCALE
+        yield (
+            f"course-{points}-knn",
+            _script(facts, course, call("KNeighborsClassifier", "n_neighbors=8"), numeric=_SCALE),
         )
         forest = call("RandomForestClassifier", "n_estimators=300", _SEED)
         yield f"course-{points}-forest", _script(facts, course, forest)
@@ -158,8 +157,11 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
     yield "quartiles-bayes", _script(facts, _QUARTILES, call("GaussianNB"), numeric=_POWER)
     bag = bagged(call("DecisionTreeClassifier"), False, 50)
     yield "quartiles-bagged", _script(facts, _QUARTILES, bag)
-    yield "moments-knn", _script(
-        facts, _MOMENTS, call("KNeighborsClassifier", 'weights="distance"'), numeric=_SCALE
+    yield (
+        "moments-knn",
+        _script(
+            facts, _MOMENTS, call("KNeighborsClassifier", 'weights="distance"'), numeric=_SCALE
+        ),
     )
 
 
