@@ -96,12 +96,13 @@ def _tuned() -> Iterator[Plan]:
         yield Plan(f"{view.name}-hist-{n}-{leaves}", view, (_hist(n, 0.08, leaves),))
     for n, depth in product((100, 160, 240), (2, 3)):
         yield Plan(f"speed-boost-{n}-{depth}", SPEED, (_boost(n, depth),))
-    for leaf, view in product((10, 20, 40), (SPEED, WIDE)):
+    for leaf, view in ((10, WIDE), *product((20, 40), (SPEED, WIDE))):
         yield Plan(f"{view.name}-extra-{leaf}", view, (_extra(leaf),))
     net = call("MLPClassifier", hidden_layer_sizes=(60,), max_iter=25, **_SEED)
     yield Plan("wide-net", WIDE, (pipe("StandardScaler()", net),))
     # less happy choices
-    yield Plan("codes-extra", CODES, (_extra(4, 60),))
+    for leaf in (4, 20):
+        yield Plan(f"codes-extra-{leaf}", CODES, (_extra(leaf, 60),))
     for leaf in (1, 3):
         forest = call("RandomForestClassifier", n_estimators=80, min_samples_leaf=leaf, **_SEED)
         yield Plan(f"codes-forest-{leaf}", CODES, (forest,))
@@ -119,7 +120,6 @@ def _tuned() -> Iterator[Plan]:
 def _strong() -> Iterator[Plan]:
     for seed, (view, depth) in enumerate(product((RICH, BROAD), (2, 3))):
         boost, hist = _boost(200, depth, seed), _hist(120, 0.05, 5, seed)
-        yield Plan(f"{view.name}-boost-{depth}-splines", view, (boost, _curves(0.1)), blend="rank")
         yield Plan(f"{view.name}-boost-{depth}-pairs", view, (boost, _pairs(0.03)), blend="logit")
         yield Plan(
             f"{view.name}-boost-{depth}-hist-splines-extra",
@@ -127,6 +127,6 @@ def _strong() -> Iterator[Plan]:
             (boost, hist, _curves(0.1), _extra(10)),
             blend="logit",
         )
-    for knots in (4, 6, 8):
+    for knots in (3, 4, 5, 6, 7, 8, 10):
         parts = (_curves(0.1, knots), _pairs(0.03), _boost(200, 3, 7), _hist(120, 0.05, 5, 7))
         yield Plan(f"rich-curves-{knots}-pairs-boost-hist", RICH, parts, blend="logit")

@@ -115,8 +115,7 @@ def _tuned() -> Iterator[Plan]:
     yield Plan("codes-hist-plain-deep", PLAIN, (_hist(200, 0.1, 63),))
     near = pipe("StandardScaler()", call("KNeighborsRegressor", n_neighbors=8, weights="distance"))
     yield Plan("logs-nearest", LINE, (near,))
-    short = call("HistGradientBoostingRegressor", max_iter=60, max_depth=3, random_state=0)
-    yield Plan("grades-hist-short", GRADES, (short,))
+    yield Plan("grades-hist-250-31", GRADES, (_hist(250, 0.08, 31),))
 
 
 def _strong() -> Iterator[Plan]:

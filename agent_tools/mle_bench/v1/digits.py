@@ -144,46 +144,39 @@ def _margin(strength: float) -> Call:
 
 
 def _tuned(facts: TaskFacts) -> Iterator[Named]:
-    for strength in (0.02, 0.05, 0.2):
-        model = _logistic(strength)
-        yield f"logistic-{strength}", _script(facts, _PIXELS, model)
-        yield f"upright-logistic-{strength}", _script(facts, _PIXELS, model, before=_UPRIGHT)
-    for width, penalty in product((100, 200), (0.1, 1.0)):
+    for parts, strength in product((25, 40, 60), (3.0, 5.0, 10.0)):
+        yield (
+            f"upright-pca-{parts}-svc-{strength}",
+            _script(facts, _PIXELS, _margin(strength), before=_UPRIGHT, reduce=_pca(parts)),
+        )
+    for width, penalty in product((100, 150, 200), (0.1, 0.5, 1.0)):
         model = _net(width, penalty)
-        yield f"net-{width}-{penalty}", _script(facts, _PIXELS, model)
         yield f"upright-net-{width}-{penalty}", _script(facts, _SHRUNK, model, before=_UPRIGHT)
-    for parts, strength in product((25, 40, 60), (3.0, 10.0)):
-        model = _margin(strength)
-        yield f"pca-{parts}-svc-{strength}", _script(facts, _PIXELS, model, reduce=_pca(parts))
-    for parts in (25, 40):
-        yield (
-            f"upright-pca-{parts}-svc",
-            _script(facts, _PIXELS, _margin(5.0), before=_UPRIGHT, reduce=_pca(parts)),
-        )
-    for share in (0.02, 0.1):
-        trees = ("n_estimators=300", f"max_features={share}", _SEED)
-        yield f"extra-{share}", _script(facts, _PIXELS, Call("ExtraTreesClassifier", trees))
-        yield f"forest-{share}", _script(facts, _PIXELS, Call("RandomForestClassifier", trees))
-    for shrinkage in (0.05, 0.2):
-        model = call("LinearDiscriminantAnalysis", 'solver="lsqr"', f"shrinkage={shrinkage}")
-        yield f"upright-discriminant-{shrinkage}", _script(facts, _PIXELS, model, before=_UPRIGHT)
-    for k in (5, 10):
-        model = call("KNeighborsClassifier", f"n_neighbors={k}", 'weights="distance"')
-        yield (
-            f"upright-knn-{k}",
-            _script(facts, _PIXELS, model, before=_UPRIGHT, reduce=_pca(40)),
-        )
+    for strength in (0.1, 0.3):
+        for bins, step in ((8, 7), (9, 7)):
+            edges = _edges(bins, step)
+            name = f"edges-{bins}-{step}-logistic-{strength}"
+            model = _logistic(strength)
+            yield name, _script(facts, "edges( p )", model, before=edges)
+            yield (
+                f"upright-{name}",
+                _script(facts, "edges( p )", model, before=(*_UPRIGHT, *edges)),
+            )
     hist = call("HistGradientBoostingClassifier", "max_iter=80", "learning_rate=0.15", _SEED)
     yield "hist", _script(facts, _SHRUNK, hist)
-    for penalty in (0.02, 0.1):
-        model = call("QuadraticDiscriminantAnalysis", f"reg_param={penalty}")
-        yield f"pca-quadratic-{penalty}", _script(facts, _PIXELS, model, reduce=_pca(40))
-    edges = (*_edges(8, 7),)
-    yield "edges-logistic", _script(facts, "edges( p )", _logistic(0.3), before=edges)
-    yield (
-        "edges-forest",
-        _script(facts, "edges( p )", call("RandomForestClassifier", _SEED), before=edges),
-    )
+    yield "upright-hist", _script(facts, _SHRUNK, hist, before=_UPRIGHT)
+    # less happy choices
+    yield "logistic-0.05", _script(facts, _PIXELS, _logistic(0.05))
+    yield "net-100-1.0", _script(facts, _PIXELS, _net(100, 1.0))
+    yield "pca-40-svc", _script(facts, _PIXELS, _margin(5.0), reduce=_pca(40))
+    trees = ("n_estimators=300", "max_features=0.1", _SEED)
+    yield "extra", _script(facts, _PIXELS, Call("ExtraTreesClassifier", trees))
+    model = call("LinearDiscriminantAnalysis", 'solver="lsqr"', "shrinkage=0.2")
+    yield "upright-discriminant", _script(facts, _PIXELS, model, before=_UPRIGHT)
+    near = call("KNeighborsClassifier", "n_neighbors=5", 'weights="distance"')
+    yield "upright-knn", _script(facts, _PIXELS, near, before=_UPRIGHT, reduce=_pca(40))
+    quadratic = call("QuadraticDiscriminantAnalysis", "reg_param=0.1")
+    yield "pca-quadratic", _script(facts, _PIXELS, quadratic, reduce=_pca(40))
 
 
 def _strong(facts: TaskFacts) -> Iterator[Named]:

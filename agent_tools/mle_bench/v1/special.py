@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from agent_tools.mle_bench.facts import TaskFacts
-from agent_tools.mle_bench.recipes import Recipe, field_recipes
-from agent_tools.mle_bench.v1 import denoise, digits, languages, lemmas, phones, presidents, vowels
+from agent_tools.mle_bench.recipes import Recipe
+from agent_tools.mle_bench.v1 import (
+    denoise,
+    digits,
+    languages,
+    leaves,
+    lemmas,
+    phones,
+    presidents,
+    vowels,
+)
 
 SPECIAL_RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "mnist5k": digits.recipes,
@@ -16,5 +25,5 @@ SPECIAL_RECIPES: dict[str, Callable[[TaskFacts], list[Recipe]]] = {
     "cmudict-g2p": phones.recipes,
     "russian-lemma": lemmas.recipes,
     "photo-denoise": denoise.recipes,
-    "flavia-leaf": field_recipes,
+    "flavia-leaf": leaves.recipes,
 }
