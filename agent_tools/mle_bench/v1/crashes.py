@@ -96,7 +96,7 @@ def _tuned() -> Iterator[Plan]:
         yield Plan(f"{view.name}-hist-{n}-{leaves}", view, (_hist(n, 0.08, leaves),))
     for n, depth in product((100, 160, 240), (2, 3)):
         yield Plan(f"speed-boost-{n}-{depth}", SPEED, (_boost(n, depth),))
-    for leaf, view in ((10, WIDE), *product((20, 40), (SPEED, WIDE))):
+    for leaf, view in ((3, WIDE), *product((20, 40), (SPEED, WIDE))):
         yield Plan(f"{view.name}-extra-{leaf}", view, (_extra(leaf),))
     net = call("MLPClassifier", hidden_layer_sizes=(60,), max_iter=25, **_SEED)
     yield Plan("wide-net", WIDE, (pipe("StandardScaler()", net),))

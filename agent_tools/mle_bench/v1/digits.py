@@ -152,7 +152,7 @@ def _tuned(facts: TaskFacts) -> Iterator[Named]:
     for width, penalty in product((100, 150, 200), (0.1, 0.5, 1.0)):
         model = _net(width, penalty)
         yield f"upright-net-{width}-{penalty}", _script(facts, _SHRUNK, model, before=_UPRIGHT)
-    for strength in (0.1, 0.3):
+    for strength in (0.3, 1.0):
         for bins, step in ((8, 7), (9, 7)):
             edges = _edges(bins, step)
             name = f"edges-{bins}-{step}-logistic-{strength}"
