@@ -24,27 +24,10 @@ from agent_tools.mle_bench.tables import SEED, by_hash
 Pixels = npt.NDArray[np.uint8]  # (height, width), grey
 
 NOT_A_VALUE = frozenset(
-    [
-        "#N/A",
-        "#N/A N/A",
-        "#NA",
-        "-1.#IND",
-        "-1.#QNAN",
-        "-NaN",
-        "-nan",
-        "1.#IND",
-        "1.#QNAN",
-        "<NA>",
-        "N/A",
-        "NA",
-        "NULL",
-        "NaN",
-        "None",
-        "n/a",
-        "nan",
-        "null",
-        "",
-    ]
+    (
+        *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", ""),
+    )
 )
 """Texts that pandas reads as a missing value; rows that hold one are left out."""
 

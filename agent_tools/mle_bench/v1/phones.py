@@ -64,12 +64,12 @@ def _trivial() -> Iterator[Named]:
         "best = {{ l: c.most_common( 1 )[0][0] for l, c in seen.items() }}\n"
         'answers = [ " ".join( best.get( l, "AH" ) for l in {letters} ) for w in test["word"] ]\n'
     )
-    for name, place, letters in (
+    for name, place, source in (
         ("same-place", "min( i, len(t) - 1 )", "w"),
         ("share-of-length", "i * len(t) // len(word)", "w"),
         ("share-of-length-no-doubles", "i * len(t) // len(word)", "dict.fromkeys( w )"),
     ):
-        yield name, part.READ + one.format(place=place, letters=letters) + part.WRITE
+        yield name, part.READ + one.format(place=place, letters=source) + part.WRITE
 
 
 def _table(

@@ -117,14 +117,16 @@ class _Draw:
 
     def uniform(self, count: int) -> Field:
         """``count`` numbers in [0, 1)."""
-        return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
+        drawn: Field = (self._bits.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return drawn
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * float(self.uniform(1)[0])
 
     def normal(self, count: int) -> Field:
         """Sums of twelve uniform numbers: exact on every machine, unlike a logarithm."""
-        return self.uniform(12 * count).reshape(12, count).sum(axis=0) - 6.0
+        sums: Field = self.uniform(12 * count).reshape(12, count).sum(axis=0)
+        return sums - 6.0
 
 
 def _dirty(clean: Pixels, draw: _Draw) -> Pixels:
