@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.attention import Attend
 from model.decode import SlotGraph
 from model.errors import ModelError
 from model.generate import Engine, GenRequest, PromptScores, Row, Top, allowed_ids, sampler_of
 from model.moe import float_of, needs_no_host
+from model.native.build import NativeUnavailableError
+from model.native.step import NativeModel
 from model.packed import PACKED_TOKENS, PackedModel
 from model.prefix_cache import BLOCK, Key, PrefixCache
 from model.sampling import Sampler, uniforms
@@ -50,9 +51,11 @@ class Runner(Protocol):
 
 
 class _Forward(Protocol):
-    """What `Transformer` and `PackedModel` have in common."""
+    """What `Transformer`, `PackedModel` and `NativeModel` have in common."""
 
-    def run(self, ids_M: Tensor, position_M: Tensor, attend: Attend) -> Tensor: ...
+    def run(
+        self, ids_M: Tensor, position_M: Tensor, attend: SlotAttend | JoinAttend
+    ) -> Tensor: ...
 
     def head(self, x: Tensor) -> Tensor: ...
 
@@ -61,8 +64,9 @@ class RunningBatch:
     """Generates for up to `max_batch` of an engine's requests.
 
     `cache_tokens` bounds rows × columns of the key/value cache, `prefix_tokens` the prefix cache (0
-    turns it off). New weights come through `load` only. Raises ModelError where `cache_tokens` does
-    not hold one row as long as the context.
+    turns it off). New weights come through `load` only. With `native` the forward pass is native
+    code where there is any for this model; `path` says so, or why not. Raises ModelError where
+    `cache_tokens` does not hold one row as long as the context.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class RunningBatch:
         max_batch: int = 64,
         cache_tokens: int = 131_072,
         prefix_tokens: int = 32_768,
+        native: bool = True,
     ) -> None:
         self._engine, self.max_batch, self._cache_tokens = engine, max_batch, cache_tokens
         config, device, dtype = engine.model.config, engine.device, engine.model.dtype
@@ -85,8 +90,8 @@ class RunningBatch:
         self._prefix = None
         if prefix_tokens >= BLOCK:
             self._prefix = PrefixCache(config, prefix_tokens, device, dtype)
-        self._packed = PackedModel(engine.model) if PackedModel.suits(engine.model) else None
-        self._graph: SlotGraph | None = None
+        self._wants_native = native
+        self._prepare()
         self._rows: list[Row] = []
         self._lengths: list[int] = []  # columns in use, a row
         self._uniforms: list[list[float]] = []
@@ -108,6 +113,11 @@ class RunningBatch:
     def cache_bytes(self) -> int:
         """What the key/value cache takes now, without the prefix cache."""
         return self._cache.data.nbytes
+
+    @property
+    def path(self) -> str:
+        """How the forward pass is done, in one line."""
+        return "native code" if self._native is not None else f"torch ({self._no_native})"
 
     def check(self, request: GenRequest) -> None:
         """Raise ModelError for a request that cannot be served."""
@@ -170,10 +180,16 @@ class RunningBatch:
             dtype=torch.float64,
             device=device,
         )
-        id_B, logp_B, logp_BV = self._sampler.draw(self._logits_BV, uniform_B, allowed_BV)
-        for row, top in zip(rows, _tops(rows, logp_BV), strict=True):
-            if row.finish is None and top:
-                row.top.append(top)
+        told = any(row.request.top_logprobs for row in rows)
+        if self._native is not None and allowed_BV is None and not (
+            self._sampler.any_filter or told
+        ):
+            id_B, logp_B = self._native.draw(self._sampler, self._logits_BV, uniform_B)
+        else:
+            id_B, logp_B, logp_BV = self._sampler.draw(self._logits_BV, uniform_B, allowed_BV)
+            for row, top in zip(rows, _tops(rows, logp_BV), strict=True):
+                if row.finish is None and top:
+                    row.top.append(top)
         for row, id, logprob in zip(rows, id_B.tolist(), logp_B.tolist(), strict=True):
             row.add(id, logprob)
         ended = [row for row in rows if row.finish is not None]
@@ -206,11 +222,24 @@ class RunningBatch:
         if self._rows:
             raise ModelError("weights cannot change while replies are being written")
         self._engine.load(source, version)
-        model = self._engine.model
-        self._packed = PackedModel(model) if PackedModel.suits(model) else None
-        self._graph = None
+        self._prepare()
         if self._prefix is not None:
             self._prefix.clear()
+
+    def _prepare(self) -> None:
+        """What a forward pass needs besides the model; again after its weights have changed."""
+        model = self._engine.model
+        self._native: NativeModel | None = None
+        self._packed: PackedModel | None = None
+        self._graph: SlotGraph | None = None
+        self._no_native = "native code is turned off"
+        if self._wants_native:
+            try:
+                self._native = NativeModel(model)
+            except NativeUnavailableError as error:
+                self._no_native = str(error)
+        if self._native is None and PackedModel.suits(model):
+            self._packed = PackedModel(model)
 
     def _apart(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         """Rows to read now, and those that wait because one of them reads their next block."""
@@ -285,11 +314,16 @@ class RunningBatch:
             self._logits_BV = self._graph.step(id_B, column_B)
         else:
             attend = SlotAttend(self._cache, column_B, max(self._lengths) + 1)
-            forward = self._forward(len(id_B))
-            self._logits_BV = forward.head(forward.run(id_B, column_B, attend))
+            if self._native is not None:
+                self._logits_BV = self._native.logits(id_B, column_B, attend)
+            else:
+                forward = self._forward(len(id_B))
+                self._logits_BV = forward.head(forward.run(id_B, column_B, attend))
         self._lengths = [length + 1 for length in self._lengths]
 
     def _forward(self, tokens: int) -> _Forward:
+        if self._native is not None:
+            return self._native
         if self._packed is not None and tokens <= PACKED_TOKENS:
             return self._packed
         return self._engine.model

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prefix_tokens=options.prefix_cache_tokens,
             ),
             threads=options.threads,
+            native=options.native == "auto",
         )
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,6 +83,7 @@ def load_service(
     name: str | None = None,
     limits: Limits = Limits(),
     threads: int | None = None,
+    native: bool = True,
 ) -> Service:
     """Loads a checkpoint folder and starts its engine. Raises `ModelError`.
 
@@ -124,7 +126,9 @@ def load_service(
         max_batch=limits.max_batch,
         cache_tokens=limits.cache_tokens,
         prefix_tokens=limits.prefix_tokens,
+        native=native,
     )
+    print(f"forward pass: {running.path}", file=sys.stderr, flush=True)
     return Service(
         name=name or checkpoint.resolve().name,
         tokenizer=tokenizer,
@@ -158,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
         help="bound of the prefix cache; 0 turns it off",
     )
     add("--threads", type=int, default=None, help="of the processor; default: 1 for a small model")
+    add(
+        "--native",
+        default="auto",
+        choices=["auto", "off"],
+        help="auto: code compiled for this processor where a C compiler and the model allow it",
+    )
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="no access log")
     return parser

@@ -6,6 +6,7 @@ Shapes: L layers, B rows, K key heads, S columns, D head size, M tokens, T token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,19 +73,27 @@ class SlotAttend:
 
     def __init__(self, cache: SlotCache, column_B: Tensor, seen: int) -> None:
         batch = len(column_B)
-        self.column_B, self.seen = column_B, seen
+        self.cache, self.column_M, self.seen = cache, column_B, seen
         self.data = cache.data[:, :, :batch]
-        self.row_B = torch.arange(batch, device=column_B.device)
-        hidden_BS = torch.arange(seen, device=column_B.device) > column_B[:, None]
-        mask_BS = torch.zeros(batch, seen, device=column_B.device, dtype=self.data.dtype)
-        self.mask_BS = mask_BS.masked_fill_(hidden_BS, -torch.inf)
-        heads = self.data.shape[3]
-        self.mask_b1S = self.mask_BS.repeat_interleave(heads, dim=0)[:, None]
+        self.row_M = torch.arange(batch, device=column_B.device)
+
+    @cached_property
+    def mask_BS(self) -> Tensor:
+        """0 where a row may look, −∞ elsewhere."""
+        column_B = self.column_M
+        hidden_BS = torch.arange(self.seen, device=column_B.device) > column_B[:, None]
+        mask_BS = torch.zeros(hidden_BS.shape, device=column_B.device, dtype=self.data.dtype)
+        return mask_BS.masked_fill_(hidden_BS, -torch.inf)
+
+    @cached_property
+    def mask_b1S(self) -> Tensor:
+        """The same for every key head."""
+        return self.mask_BS.repeat_interleave(self.data.shape[3], dim=0)[:, None]
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         keys, values = self.data[layer].unbind(0)
-        keys[self.row_B, :, self.column_B] = k_MKD
-        values[self.row_B, :, self.column_B] = v_MKD
+        keys[self.row_M, :, self.column_M] = k_MKD
+        values[self.row_M, :, self.column_M] = v_MKD
         # The query heads that share a key head stand in for its queries: no key is copied.
         q_BKGD = q_MND.reshape(len(q_MND), k_MKD.shape[1], -1, q_MND.shape[-1])
         seen_k, seen_v = keys[:, :, : self.seen], values[:, :, : self.seen]
@@ -109,16 +118,20 @@ class JoinAttend:
         self, cache: SlotCache, first: int, starts: Sequence[int], counts: Sequence[int]
     ) -> None:
         device = cache.data.device
-        self.data, self.first = cache.data, first
+        self.cache, self.data, self.first = cache, cache.data, first
         self.starts, self.counts = starts, counts
         rows = torch.arange(first, first + len(counts), device=device)
         self.row_M = rows.repeat_interleave(torch.tensor(counts, device=device))
         self.column_M = torch.cat(
             [torch.arange(s, s + n, device=device) for s, n in zip(starts, counts, strict=True)]
         )
-        self.masks = [
-            _behind(start, count, device) if start and count > 1 else None
-            for start, count in zip(starts, counts, strict=True)
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """What each row's new tokens see; None for all, or a plain causal mask."""
+        return [
+            _behind(start, count, self.data.device) if start and count > 1 else None
+            for start, count in zip(self.starts, self.counts, strict=True)
         ]
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:

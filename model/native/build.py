@@ -1,0 +1,124 @@
+"""Compiles `decode_step.c` with the system's C compiler, once, and loads it.
+
+The library lies in `$XDG_CACHE_HOME/selfevo/native` (`~/.cache` by default), named by a hash of
+everything that it depends on: source, flags, compiler, processor. It ends with a hash of itself, so
+a damaged file is known and made again; it is renamed into place, so that two processes may compile
+at once. What cannot be had is a NativeUnavailableError of one line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+from model.errors import ModelError
+
+SOURCE = Path(__file__).with_name("decode_step.c")
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+# The processor's own instructions; a compiler that does not know the first is asked for the next.
+PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+_TIMEOUT_S = 120
+_DIGEST = 32
+
+_lock = threading.Lock()
+_loaded: dict[Path, ctypes.CDLL] = {}
+
+
+class NativeUnavailableError(ModelError):
+    """Why there is no native decode step here, in one line."""
+
+
+def load_library(source: Path = SOURCE) -> ctypes.CDLL:
+    """The compiled source, made if need be. Raises NativeUnavailableError."""
+    with _lock:
+        compiler = _compiler()
+        path = cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
+        if path not in _loaded:
+            try:
+                _loaded[path] = _open(source, compiler, path)
+            except OSError as error:
+                raise NativeUnavailableError(f"{path}: {error.strerror or error}") from None
+        return _loaded[path]
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise NativeUnavailableError("no home folder; set XDG_CACHE_HOME") from None
+    return Path(base) / "selfevo" / "native"
+
+
+def _compiler() -> list[str]:
+    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(words[0]) is None:
+        raise NativeUnavailableError(f"no C compiler ({words[0]} not found)")
+    return words
+
+
+def _key(source: Path, compiler: list[str]) -> str:
+    version = _run([*compiler, "--version"]).stdout
+    told = [source.read_bytes(), repr((FLAGS, PROCESSOR_FLAGS, compiler)).encode(), version]
+    told.append(_processor().encode())
+    return hashlib.sha256(b"\0".join(told)).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """What `-march=native` looks at: model and instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return " ".join(platform.uname())
+    names = ("flags", "Features", "model name", "CPU part", "CPU implementer")
+    return platform.machine() + "\n".join(sorted({x for x in lines if x.startswith(names)}))
+
+
+def _open(source: Path, compiler: list[str], path: Path) -> ctypes.CDLL:
+    if not _whole(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _compile(source, compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _whole(path: Path) -> bool:
+    """True for a file of ours that is as it was written."""
+    try:
+        data, owner = path.read_bytes(), path.stat().st_uid
+    except FileNotFoundError:
+        return False
+    same = hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
+    return same and owner == os.getuid()
+
+
+def _compile(source: Path, compiler: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        for flags in PROCESSOR_FLAGS:
+            done = _run([*compiler, *FLAGS, *flags, "-o", str(made), str(source), "-lm"])
+            if done.returncode == 0:
+                break
+        else:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            why = next((x for x in lines if "error" in x), lines[0] if lines else "no message")
+            raise NativeUnavailableError(f"{shlex.join(compiler)} failed: {why}")
+        data = made.read_bytes()
+        made.write_bytes(data + hashlib.sha256(data).digest())
+        made.replace(path)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{shlex.join(command[:1])} failed: {error}") from None
