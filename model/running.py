@@ -53,9 +53,7 @@ class Runner(Protocol):
 class _Forward(Protocol):
     """What `Transformer`, `PackedModel` and `NativeModel` have in common."""
 
-    def run(
-        self, ids_M: Tensor, position_M: Tensor, attend: SlotAttend | JoinAttend
-    ) -> Tensor: ...
+    def run(self, ids_M: Tensor, position_M: Tensor, attend: SlotAttend | JoinAttend) -> Tensor: ...
 
     def head(self, x: Tensor) -> Tensor: ...
 
@@ -180,16 +178,7 @@ class RunningBatch:
             dtype=torch.float64,
             device=device,
         )
-        told = any(row.request.top_logprobs for row in rows)
-        if self._native is not None and allowed_BV is None and not (
-            self._sampler.any_filter or told
-        ):
-            id_B, logp_B = self._native.draw(self._sampler, self._logits_BV, uniform_B)
-        else:
-            id_B, logp_B, logp_BV = self._sampler.draw(self._logits_BV, uniform_B, allowed_BV)
-            for row, top in zip(rows, _tops(rows, logp_BV), strict=True):
-                if row.finish is None and top:
-                    row.top.append(top)
+        id_B, logp_B = self._draw(self._sampler, uniform_B, allowed_BV)
         for row, id, logprob in zip(rows, id_B.tolist(), logp_B.tolist(), strict=True):
             row.add(id, logprob)
         ended = [row for row in rows if row.finish is not None]
@@ -305,6 +294,23 @@ class RunningBatch:
         self._lengths.append(len(request.prompt_ids))
         self._uniforms.append(uniforms(request.seed, request.max_new_tokens).tolist())
         self._sampler = None
+
+    def _draw(
+        self, sampler: Sampler, uniform_B: Tensor, allowed_BV: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each row's next token and its log-prob; rows that want the likeliest are given them."""
+        free = allowed_BV is None and not sampler.any_filter
+        if (
+            self._native is not None
+            and free
+            and not any(r.request.top_logprobs for r in self._rows)
+        ):
+            return self._native.draw(sampler, self._logits_BV, uniform_B)
+        id_B, logp_B, logp_BV = sampler.draw(self._logits_BV, uniform_B, allowed_BV)
+        for row, top in zip(self._rows, _tops(self._rows, logp_BV), strict=True):
+            if row.finish is None and top:
+                row.top.append(top)
+        return id_B, logp_B
 
     def _feed(self, id_B: Tensor) -> None:
         """The rows' latest tokens in, logits of their next ones out."""

@@ -1,4 +1,4 @@
-"""Compiles `decode_step.c` with the system's C compiler, once, and loads it.
+"""Compiles the C files of this folder with the system's C compiler, once, and loads them.
 
 The library lies in `$XDG_CACHE_HOME/selfevo/native` (`~/.cache` by default), named by a hash of
 everything that it depends on: source, flags, compiler, processor. It ends with a hash of itself, so
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from model.errors import ModelError
 
-SOURCE = Path(__file__).with_name("decode_step.c")
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 # The processor's own instructions; a compiler that does not know the first is asked for the next.
 PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
@@ -36,14 +36,14 @@ class NativeUnavailableError(ModelError):
     """Why there is no native decode step here, in one line."""
 
 
-def load_library(source: Path = SOURCE) -> ctypes.CDLL:
-    """The compiled source, made if need be. Raises NativeUnavailableError."""
+def load_library(sources: Path = SOURCES) -> ctypes.CDLL:
+    """The compiled C files, made if need be. Raises NativeUnavailableError."""
     with _lock:
         compiler = _compiler()
-        path = cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
+        path = cache_folder() / f"decode-step-{_key(sources, compiler)}.so"
         if path not in _loaded:
             try:
-                _loaded[path] = _open(source, compiler, path)
+                _loaded[path] = _open(sources, compiler, path)
             except OSError as error:
                 raise NativeUnavailableError(f"{path}: {error.strerror or error}") from None
         return _loaded[path]
@@ -59,16 +59,19 @@ def cache_folder() -> Path:
 
 
 def _compiler() -> list[str]:
-    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise NativeUnavailableError(f"CC: {error}") from None
     if shutil.which(words[0]) is None:
         raise NativeUnavailableError(f"no C compiler ({words[0]} not found)")
     return words
 
 
-def _key(source: Path, compiler: list[str]) -> str:
+def _key(sources: Path, compiler: list[str]) -> str:
     version = _run([*compiler, "--version"]).stdout
-    told = [source.read_bytes(), repr((FLAGS, PROCESSOR_FLAGS, compiler)).encode(), version]
-    told.append(_processor().encode())
+    told = [path.read_bytes() for path in sorted(sources.glob("*.[ch]"))]
+    told += [repr((FLAGS, PROCESSOR_FLAGS, compiler)).encode(), version, _processor().encode()]
     return hashlib.sha256(b"\0".join(told)).hexdigest()[:24]
 
 
@@ -82,10 +85,10 @@ def _processor() -> str:
     return platform.machine() + "\n".join(sorted({x for x in lines if x.startswith(names)}))
 
 
-def _open(source: Path, compiler: list[str], path: Path) -> ctypes.CDLL:
+def _open(sources: Path, compiler: list[str], path: Path) -> ctypes.CDLL:
     if not _whole(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(source, compiler, path)
+        _compile(sources, compiler, path)
     return ctypes.CDLL(str(path))
 
 
@@ -99,17 +102,18 @@ def _whole(path: Path) -> bool:
     return same and owner == os.getuid()
 
 
-def _compile(source: Path, compiler: list[str], path: Path) -> None:
+def _compile(sources: Path, compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
         made = Path(folder) / path.name
+        files = [str(file) for file in sorted(sources.glob("*.c"))]
         for flags in PROCESSOR_FLAGS:
-            done = _run([*compiler, *FLAGS, *flags, "-o", str(made), str(source), "-lm"])
+            done = _run([*compiler, *FLAGS, *flags, "-o", str(made), *files, "-lm"])
             if done.returncode == 0:
                 break
         else:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             why = next((x for x in lines if "error" in x), lines[0] if lines else "no message")
-            raise NativeUnavailableError(f"{shlex.join(compiler)} failed: {why}")
+            raise NativeUnavailableError(f"{Path(compiler[0]).name} failed: {why}")
         data = made.read_bytes()
         made.write_bytes(data + hashlib.sha256(data).digest())
         made.replace(path)
@@ -121,4 +125,4 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
             command, capture_output=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"{shlex.join(command[:1])} failed: {error}") from None
+        raise NativeUnavailableError(f"{Path(command[0]).name} failed: {error}") from None

@@ -11,35 +11,16 @@
  *
  * C11 with the vector types of GCC and Clang; no intrinsics, no libraries.
  */
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define ROWS 8 /* rows of a tile: 2 accumulators each */
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 6
-#else
-#define LANES 4
-#define ROWS 6
-#endif
+#define ROWS (LANES > 8 ? 8 : 6) /* of a tile: 2 accumulators each */
 #define PANEL (2 * LANES)
 #define AHEAD 64 /* panel rows to fetch ahead: about a memory access's worth of work */
+#define LINE 16  /* numbers of a cache line */
 #define KEYS 4   /* query heads that share one pass over keys and values */
-
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4)));
-typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
-typedef float vf_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t vu_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 /* `stride` is the distance in bytes from one expert's panels to the next one's. */
 struct matrix {
@@ -71,39 +52,6 @@ struct tokens {
     float *const *keys, *const *values;
     float *hidden, *logits;
 };
-
-INLINE int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-INLINE vf load(const float *p) { return *(const vf_any *)p; }
-INLINE void store(float *p, vf v) { *(vf_any *)p = v; }
-INLINE vf all(float x) { return x - (vf){0}; }
-INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-INLINE vf larger(vf a, vf b) { return pick(a > b, a, b); }
-
-INLINE float sum_of(vf v) {
-    for (int d = LANES / 2; d; d /= 2)
-        for (int i = 0; i < d; i++) v[i] += v[i + d];
-    return v[0];
-}
-
-/* exp by 2^n · e^r with |r| ≤ ln 2 / 2; relative error about 1e-7 (Cephes' polynomial). */
-INLINE vf exp_of(vf x) {
-    const vf magic = all(12582912.0f);
-    x = pick(x > 88.0f, all(88.0f), x);
-    x = pick(x < -87.0f, all(-87.0f), x);
-    vf n = x * 1.44269504f + magic;
-    vi power = ((vi)n - (vi)magic + 127) << 23;
-    n -= magic;
-    vf r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vf p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (vf)power;
-}
 
 /* ------------------------------------------------------------------------------- products */
 
@@ -164,7 +112,7 @@ INLINE void any_tile(int rows, enum kind kind, int is_short, const float *const 
         TILE(4)
         TILE(5)
         TILE(6)
-#if ROWS > 6
+#if LANES > 8
         TILE(7)
         TILE(8)
 #endif
@@ -235,31 +183,68 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum_of(sums) + rest;
 }
 
+INLINE void fetch(const float *p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(p + i);
+}
+
+/* LANES scores, the last known key in the place of keys beyond `left`; see `score_keys`. */
+INLINE vf score_block(int vectors, int64_t left, const float *query, const float *key) {
+    vf parts[LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) {
+        const float *k = key + (j < left ? j : left - 1) * vectors * LANES;
+        parts[j] = load(query) * load(k);
+#pragma GCC unroll 8
+        for (int d = 1; d < vectors; d++) parts[j] += load(query + d * LANES) * load(k + d * LANES);
+    }
+    return sums_of(parts);
+}
+
+/* score[s] = query · key[s]; `vectors` whole vectors make a head, 0 for any other size. The values,
+ * `ahead` of the keys, are wanted next. */
+INLINE void score_keys(int vectors, const float *query, const float *key, int64_t n, int64_t head_dim,
+                       int64_t ahead, float *score) {
+    int64_t s = 0;
+    if (!vectors) {
+        for (; s < n; s++) score[s] = dot(query, key + s * head_dim, head_dim);
+        return;
+    }
+    for (; s + LANES <= n; s += LANES, key += vectors * LANES * LANES) {
+        if (ahead) fetch(key + ahead, vectors * LANES * LANES);
+        store(score + s, score_block(vectors, LANES, query, key));
+    }
+    if (s < n) store(score + s, score_block(vectors, n - s, query, key));
+}
+
 /* scores → e^(score − largest), zeros up to the next whole vector; returns 1 / their sum. */
 static float soften(float *score, int64_t n) {
     const int64_t padded = up(n, LANES);
-    for (int64_t s = n; s < padded; s++) score[s] = -1e30f;
+    const vi real = (vi)EACH(SELF, 0) < (int32_t)(n - padded + LANES); /* of the last vector */
+    float *last = score + padded - LANES;
+    store(last, pick(real, load(last), all(-1e30f)));
     vf most = load(score), total = {0};
     for (int64_t s = LANES; s < padded; s += LANES) most = larger(load(score + s), most);
     float top = most[0];
     for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
     for (int64_t s = 0; s < padded; s += LANES) {
         vf e = exp_of(load(score + s) - top);
-        if (s + LANES > n)
-            for (int i = (int)(n - s); i < LANES; i++) e[i] = 0;
+        if (score + s == last) e = pick(real, e, (vf){0});
         total += e;
         store(score + s, e);
     }
     return 1.0f / sum_of(total);
 }
 
-/* out += Σ_s weight[g][s] · value[s] for `heads` heads, `vectors` whole vectors of each value. */
+/* out = scale · Σ_s weight[g][s] · value[s] for `heads` heads, `vectors` whole vectors of a value;
+ * what lies at `next` is wanted next. */
 INLINE void blend(int heads, int vectors, int64_t n, int64_t head_dim, int64_t stride,
-                  const float *weight, const float *value, float *out, const float *scale) {
+                  const float *weight, const float *value, const float *next, float *out,
+                  const float *scale) {
     vf sums[KEYS][2];
 #pragma GCC unroll 4
     for (int g = 0; g < heads; g++) sums[g][0] = sums[g][1] = (vf){0};
-    for (int64_t s = 0; s < n; s++, value += head_dim) {
+    for (int64_t s = 0; s < n; s++, value += head_dim, next += head_dim) {
+        fetch(next, vectors * LANES);
         vf a = load(value), b = vectors > 1 ? load(value + LANES) : a;
 #pragma GCC unroll 4
         for (int g = 0; g < heads; g++) {
@@ -277,19 +262,26 @@ INLINE void blend(int heads, int vectors, int64_t n, int64_t head_dim, int64_t s
 
 /* Attention of up to KEYS query heads that share a key head, over n columns. */
 INLINE void attend_heads(int heads, const float *query, const float *key, const float *value,
-                         int64_t n, int64_t head_dim, float *score, float *out) {
+                         const float *next, int64_t n, int64_t head_dim, float *score, float *out) {
     const int64_t stride = up(n, LANES);
     float scale[KEYS];
     for (int g = 0; g < heads; g++) {
-        for (int64_t s = 0; s < n; s++)
-            score[g * stride + s] = dot(query + g * head_dim, key + s * head_dim, head_dim);
+        const float *q = query + g * head_dim;
+        const int64_t ahead = g ? 0 : value - key;
+        switch (head_dim % LANES ? 0 : head_dim / LANES) {
+        case 1: score_keys(1, q, key, n, head_dim, ahead, score + g * stride); break;
+        case 2: score_keys(2, q, key, n, head_dim, ahead, score + g * stride); break;
+        case 4: score_keys(4, q, key, n, head_dim, ahead, score + g * stride); break;
+        case 8: score_keys(8, q, key, n, head_dim, ahead, score + g * stride); break;
+        default: score_keys(0, q, key, n, head_dim, ahead, score + g * stride);
+        }
         scale[g] = soften(score + g * stride, n);
     }
     int64_t d = 0;
     for (; d + 2 * LANES <= head_dim; d += 2 * LANES)
-        blend(heads, 2, n, head_dim, stride, score, value + d, out + d, scale);
+        blend(heads, 2, n, head_dim, stride, score, value + d, next + d, out + d, scale);
     for (; d + LANES <= head_dim; d += LANES)
-        blend(heads, 1, n, head_dim, stride, score, value + d, out + d, scale);
+        blend(heads, 1, n, head_dim, stride, score, value + d, next + d, out + d, scale);
     for (; d < head_dim; d++)
         for (int g = 0; g < heads; g++) {
             float sum = 0;
@@ -306,10 +298,10 @@ static void attend(const struct model *model, const float *query, const float *k
             const int64_t at = (k * share + g) * D, head = k * head_stride;
             const float *key = keys + head, *value = values + head;
             switch (share - g) {
-            case 1: attend_heads(1, query + at, key, value, n, D, score, out + at); break;
-            case 2: attend_heads(2, query + at, key, value, n, D, score, out + at); break;
-            case 3: attend_heads(3, query + at, key, value, n, D, score, out + at); break;
-            default: attend_heads(KEYS, query + at, key, value, n, D, score, out + at);
+            case 1: attend_heads(1, query + at, key, value, key + head_stride, n, D, score, out + at); break;
+            case 2: attend_heads(2, query + at, key, value, key + head_stride, n, D, score, out + at); break;
+            case 3: attend_heads(3, query + at, key, value, key + head_stride, n, D, score, out + at); break;
+            default: attend_heads(KEYS, query + at, key, value, key + head_stride, n, D, score, out + at);
             }
         }
 }
@@ -517,54 +509,4 @@ void native_pack(const uint32_t *source, int64_t by_output, int64_t by_input, in
                 else
                     panel[lane] = low, panel[lane + LANES] = high;
             }
-}
-
-/* Draws a token a row, as Sampler.draw does where nothing limits the choice: the first whose
- * cumulative weight exceeds uniform · total; greedy rows take the first of the largest logits.
- * `logp` is the token's log-prob at the row's temperature. `weight`: room for V + LANES numbers. */
-void native_draw(int64_t count, int64_t vocab, int64_t stride, const float *logits,
-                 const float *temperature, const char *greedy, const double *uniform, int64_t *id,
-                 float *logp, float *weight) {
-    enum { BLOCK = 64 };
-    const int64_t whole = vocab / BLOCK * BLOCK;
-    for (int64_t m = 0; m < count; m++, logits += stride) {
-        const float heat = temperature[m];
-        float most = logits[0];
-        int64_t best = 0;
-        for (int64_t v = 0; v < vocab; v++) weight[v] = logits[v] / heat;
-        for (int64_t v = 0; v < vocab; v++) most = weight[v] > most || !v ? weight[v] : most;
-        while (best < vocab - 1 && weight[best] != most) best++;
-        for (int64_t v = 0; v < vocab; v += LANES) store(weight + v, exp_of(load(weight + v) - most));
-        double total = 0, before = 0, sum = 0;
-        for (int turn = 0; turn < 2; turn++) {
-            /* First the total, then the block in which the point lies: the same sums both times. */
-            const double point = uniform[m] * total;
-            int64_t v = 0;
-            for (sum = 0; v < whole; v += BLOCK) {
-                double part[8] = {0};
-                for (int64_t i = 0; i < BLOCK; i += 8)
-                    for (int j = 0; j < 8; j++) part[j] += (double)weight[v + i + j];
-                before = sum;
-                for (int j = 0; j < 8; j++) sum += part[j];
-                if (turn && sum > point) break;
-            }
-            if (!turn) {
-                for (; v < vocab; v++) sum += (double)weight[v];
-                total = sum;
-                continue;
-            }
-            if (greedy[m]) break;
-            int64_t found = -1;
-            const int64_t end = v < whole ? v + BLOCK : vocab;
-            double at = v < whole ? before : sum;
-            for (; v < end; v++) {
-                at += (double)weight[v];
-                if (weight[v] > 0) found = v;
-                if (at > point) break;
-            }
-            best = found >= 0 ? found : best;
-        }
-        id[m] = best;
-        logp[m] = logits[best] / heat - most - (float)__builtin_log(total);
-    }
 }

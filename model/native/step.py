@@ -21,6 +21,7 @@ from torch import Tensor
 from model.errors import ModelError
 from model.native.build import NativeUnavailableError, load_library
 from model.sampling import Sampler
+from model.slots import SlotCache
 from model.transformer import Transformer
 
 CHUNK = 256  # tokens a call: their activations stay in the processor's cache
@@ -28,16 +29,12 @@ MOST_HIDDEN = 1024  # a wider model is better off with products on all cores
 _LINE = 64  # bytes
 
 
-class Cache(Protocol):
-    """Keys and values (L, 2, B, K, S, D)."""
-
-    data: Tensor
-
-
 class Places(Protocol):
     """Where in a cache tokens belong; each sees its row up to itself."""
 
-    cache: Cache
+    @property
+    def cache(self) -> SlotCache: ...
+
     row_M: Tensor
     column_M: Tensor
 
@@ -133,6 +130,11 @@ class NativeModel:
         self._keys = self._values = (c_void_p * config.num_hidden_layers)()
         self._padded = -(-config.vocab_size // (2 * self._lanes)) * 2 * self._lanes
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copied weights."""
+        return self._panels.nbytes
+
     def run(self, ids_M: Tensor, position_M: Tensor, attend: Places) -> Tensor:
         """Normed hidden states (M, H) of flat tokens, like `Transformer.run`."""
         hidden_MH = torch.empty(len(ids_M), self.config.hidden_size)
@@ -142,7 +144,7 @@ class NativeModel:
         return hidden_MH
 
     def logits(self, ids_M: Tensor, position_M: Tensor, attend: Places) -> Tensor:
-        """`head` of `run` in one call, for at most `CHUNK` tokens."""
+        """`head` of `run` in one call, for the few tokens of a step."""
         hidden_MH = torch.empty(len(ids_M), self.config.hidden_size)
         logits_MV = torch.empty(len(ids_M), self._padded)
         self._run(ids_M, position_M, attend, slice(None), hidden_MH, logits_MV)
@@ -175,7 +177,7 @@ class NativeModel:
             uniform_B.data_ptr(),
             id_B.data_ptr(),
             logp_B.data_ptr(),
-            self._room(4 * (vocab + 2 * self._lanes)),
+            self._room(12 * (vocab + 64)),
         )
         return id_B, logp_B
 
@@ -293,8 +295,11 @@ class NativeModel:
         flat = w_EOI if w_EOI.is_contiguous() else w_EOI.transpose(1, 2)
         if not flat.is_contiguous():
             flat = w_EOI = w_EOI.contiguous()
-        short = self._library.native_is_short(flat.data_ptr(), flat.numel())
-        return _Weights(w_EOI, gated, bool(short))
+        return _Weights(w_EOI, gated, self._is_short(flat))
+
+    def _is_short(self, flat: Tensor) -> bool:
+        """True where bfloat16 holds every number exactly."""
+        return bool(self._library.native_is_short(flat.data_ptr(), flat.numel()))
 
     def _point(self, weight: Tensor) -> int:
         """The address of an array that is used as it is."""
