@@ -218,7 +218,8 @@ async def in_turns(
 ) -> list[dict[str, float]]:
     """Both sides, warmed, one after the other; and what a single request and eight get."""
     rows = []
-    limits = httpx.Limits(max_connections=ROWS, max_keepalive_connections=ROWS)
+    # The peer runs for longer than a server keeps an idle connection.
+    limits = httpx.Limits(max_connections=ROWS, keepalive_expiry=0.5)
     async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits) as client:
         await ours(client, running.url, asked)
         peer.tokens_s(asked)
@@ -235,14 +236,15 @@ async def in_turns(
     return rows
 
 
-def measure_speed(repeats: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def measure_speed(repeats: int, native: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures and rows of the speed part: the server with one thread and with all."""
     asked = prompts(Tokenizer.load(NANO))
     rows: list[dict[str, Any]] = []
     best, single = fastest_peers(asked, rows)
     figures: dict[str, float] = {}
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        with server("--prefix-cache-tokens", "0", "--threads", str(threads)) as running:
+        options = ["--prefix-cache-tokens", "0", "--threads", str(threads), "--native", native]
+        with server(*options) as running:
             peer = single if threads == 1 else best
             made = asyncio.run(in_turns(running, peer, asked, repeats))
         rows += [{"part": "speed", "threads": threads, **row} for row in made]
@@ -342,13 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of the load part")
+    parser.add_argument("--native", choices=["auto", "off"], default="auto", help="speed part")
     parser.add_argument("--only", choices=["speed", "load"], default=None)
     options = parser.parse_args(arguments)
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     try:
         if options.only != "load":
-            more, made = measure_speed(options.repeats)
+            more, made = measure_speed(options.repeats, options.native)
             figures, rows = figures | more, rows + made
         if options.only != "speed":
             more, made = measure_load(options.requests)

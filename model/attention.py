@@ -187,7 +187,8 @@ def left_pad_mask(time: int, total: int, pad_left_B: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values (B, K, S, D) of every layer, for S columns; `length` columns are filled."""
+    """Keys and values (B, K, S, D) of every layer, for S columns; `length` columns are filled.
+    `data` (layers, 2, B, K, S, D) is their common memory."""
 
     def __init__(
         self,
@@ -198,9 +199,9 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (batch, config.num_key_value_heads, columns, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.data = torch.zeros((config.num_hidden_layers, 2, *shape), device=device, dtype=dtype)
+        self.keys = list(self.data[:, 0].unbind(0))
+        self.values = list(self.data[:, 1].unbind(0))
         self.length = 0
 
     @property

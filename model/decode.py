@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.attention import DecodeAttend, KVCache
 from model.moe import float_of
+from model.native.step import NativeModel
 from model.slots import SlotAttend, SlotCache
 from model.transformer import Transformer
 
@@ -100,6 +101,32 @@ class EagerDecoder:
         self.pad_left_B = self.pad_left_B[rows]
         if self.mask_B11S is not None:
             self.mask_B11S = self.mask_B11S[rows]
+
+
+class NativeDecoder:
+    """Runs native code step by step; rows that ended are dropped."""
+
+    shrinks = True
+
+    def __init__(self, native: NativeModel, cache: KVCache, pad_left_B: Tensor) -> None:
+        self.native, self.cache = native, cache
+        self.row_M = torch.arange(len(pad_left_B))
+        self.first_M: Tensor | None = pad_left_B
+        self.column_M = torch.full_like(pad_left_B, cache.length)
+        self.position_M = self.column_M - pad_left_B
+
+    def step(self, id_B: Tensor) -> Tensor:
+        logits_BV = self.native.logits(id_B, self.position_M, self)
+        self.column_M += 1
+        self.position_M += 1
+        self.cache.length += 1
+        return logits_BV
+
+    def keep(self, rows: Tensor) -> None:
+        # Rows of the cache stay where they are: nothing is moved.
+        assert self.first_M is not None
+        self.row_M, self.first_M = self.row_M[rows], self.first_M[rows]
+        self.column_M, self.position_M = self.column_M[rows], self.position_M[rows]
 
 
 class GraphDecoder:

@@ -17,14 +17,17 @@ from torch import Tensor
 
 from model.attention import KVCache
 from model.checkpoint import load_model
-from model.decode import Decoder, EagerDecoder, GraphDecoder, prefill
+from model.decode import Decoder, EagerDecoder, GraphDecoder, NativeDecoder, prefill
 from model.errors import ModelError
 from model.moe import needs_no_host
+from model.native.build import NativeUnavailableError
+from model.native.step import NativeModel
 from model.sampling import Sampler, uniforms
 from model.transformer import Transformer
 
 SHRINK_AT = 0.875  # drop rows that ended once no more than this share of them goes on
 KEEP_GRAPHS = 4  # captured CUDA graphs, each with its own cache
+NATIVE_STEPS = 32  # with fewer steps, native code saves less than copying the weights for it costs
 CUDA_CHECK_EVERY = 8  # steps between looks at the tokens by the host
 
 
@@ -116,6 +119,7 @@ class Engine:
         self.model = model.to(self.device)
         self.version = version
         self._graphs: dict[tuple[int, int], GraphDecoder] = {}
+        self._native: NativeModel | None = None
 
     def load(self, source: Transformer | Path | str, version: int) -> None:
         """Use these weights from the next `generate` on: a model (not copied) or a folder."""
@@ -123,6 +127,7 @@ class Engine:
             source = load_model(source, device=self.device, dtype=self.model.dtype)
         if source is not self.model:
             self._graphs.clear()
+            self._native = None
             self.model = source.to(self.device)
         self.version = version
 
@@ -215,7 +220,22 @@ class Engine:
             return graph, graph.start(prompts)
         cache = KVCache(config, len(prompts), columns, self.device, model.dtype)
         pad_left_B, logits_BV = prefill(model, prompts, cache)
+        if native := self._native_model(steps):
+            return NativeDecoder(native, cache, pad_left_B), logits_BV
         return EagerDecoder(model, cache, pad_left_B), logits_BV
+
+    def _native_model(self, steps: int) -> NativeModel | None:
+        """Native code with the weights as they are now, where there is any and it pays."""
+        if steps < NATIVE_STEPS:
+            return None
+        try:
+            if self._native is None:
+                self._native = NativeModel(self.model)
+            else:
+                self._native.update(self.model)
+        except NativeUnavailableError:
+            return None
+        return self._native
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.attention import scaled_attention
 from model.config import ModelConfig
+from model.native.memory import prefer_large_pages
 
 ROUND_ROWS = 8
 ROUND_COLUMNS = 128
@@ -64,7 +65,9 @@ class SlotCache:
     def _make(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         (layers, two), (heads, size) = self._shape
         shape = (layers, two, rows, heads, columns, size)
-        return torch.zeros(shape, device=device, dtype=dtype)
+        data = torch.zeros(shape, device=device, dtype=dtype)
+        prefer_large_pages(data)
+        return data
 
 
 class SlotAttend:
@@ -75,6 +78,7 @@ class SlotAttend:
         batch = len(column_B)
         self.cache, self.column_M, self.seen = cache, column_B, seen
         self.data = cache.data[:, :, :batch]
+        self.first_M: Tensor | None = None  # rows begin in column 0
         self.row_M = torch.arange(batch, device=column_B.device)
 
     @cached_property
@@ -120,6 +124,7 @@ class JoinAttend:
         device = cache.data.device
         self.cache, self.data, self.first = cache, cache.data, first
         self.starts, self.counts = starts, counts
+        self.first_M: Tensor | None = None
         rows = torch.arange(first, first + len(counts), device=device)
         self.row_M = rows.repeat_interleave(torch.tensor(counts, device=device))
         self.column_M = torch.cat(

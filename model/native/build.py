@@ -29,7 +29,7 @@ _TIMEOUT_S = 120
 _DIGEST = 32
 
 _lock = threading.Lock()
-_loaded: dict[Path, ctypes.CDLL] = {}
+_found: dict[tuple[object, ...], ctypes.CDLL | str] = {}  # the library, or why there is none
 
 
 class NativeUnavailableError(ModelError):
@@ -37,16 +37,19 @@ class NativeUnavailableError(ModelError):
 
 
 def load_library(sources: Path = SOURCES) -> ctypes.CDLL:
-    """The compiled C files, made if need be. Raises NativeUnavailableError."""
+    """The compiled C files, made if need be. Raises NativeUnavailableError, and again without
+    another try as long as compiler and cache folder are the same."""
+    wanted = (sources, os.environ.get("CC"), os.environ.get("PATH"), cache_folder())
     with _lock:
-        compiler = _compiler()
-        path = cache_folder() / f"decode-step-{_key(sources, compiler)}.so"
-        if path not in _loaded:
+        if wanted not in _found:
             try:
-                _loaded[path] = _open(sources, compiler, path)
-            except OSError as error:
-                raise NativeUnavailableError(f"{path}: {error.strerror or error}") from None
-        return _loaded[path]
+                _found[wanted] = _find(sources)
+            except NativeUnavailableError as error:
+                _found[wanted] = str(error)
+        found = _found[wanted]
+    if isinstance(found, str):
+        raise NativeUnavailableError(found)
+    return found
 
 
 def cache_folder() -> Path:
@@ -85,11 +88,16 @@ def _processor() -> str:
     return platform.machine() + "\n".join(sorted({x for x in lines if x.startswith(names)}))
 
 
-def _open(sources: Path, compiler: list[str], path: Path) -> ctypes.CDLL:
-    if not _whole(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(sources, compiler, path)
-    return ctypes.CDLL(str(path))
+def _find(sources: Path) -> ctypes.CDLL:
+    compiler = _compiler()
+    path = cache_folder() / f"decode-step-{_key(sources, compiler)}.so"
+    try:
+        if not _whole(path):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _compile(sources, compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailableError(f"{path}: {error.strerror or error}") from None
 
 
 def _whole(path: Path) -> bool:

@@ -18,9 +18,8 @@
 
 #define ROWS (LANES > 8 ? 8 : 6) /* of a tile: 2 accumulators each */
 #define PANEL (2 * LANES)
-#define AHEAD 64 /* panel rows to fetch ahead: about a memory access's worth of work */
-#define LINE 16  /* numbers of a cache line */
-#define KEYS 4   /* query heads that share one pass over keys and values */
+#define AHEAD 128 /* panel rows to fetch ahead: about a memory access's worth of work */
+#define KEYS 4    /* query heads that share one pass over keys and values */
 
 /* `stride` is the distance in bytes from one expert's panels to the next one's. */
 struct matrix {
@@ -183,10 +182,6 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum_of(sums) + rest;
 }
 
-INLINE void fetch(const float *p, int64_t n) {
-    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(p + i);
-}
-
 /* LANES scores, the last known key in the place of keys beyond `left`; see `score_keys`. */
 INLINE vf score_block(int vectors, int64_t left, const float *query, const float *key) {
     vf parts[LANES];
@@ -200,19 +195,16 @@ INLINE vf score_block(int vectors, int64_t left, const float *query, const float
     return sums_of(parts);
 }
 
-/* score[s] = query · key[s]; `vectors` whole vectors make a head, 0 for any other size. The values,
- * `ahead` of the keys, are wanted next. */
+/* score[s] = query · key[s]; `vectors` whole vectors make a head, 0 for any other size. */
 INLINE void score_keys(int vectors, const float *query, const float *key, int64_t n, int64_t head_dim,
-                       int64_t ahead, float *score) {
+                       float *score) {
     int64_t s = 0;
     if (!vectors) {
         for (; s < n; s++) score[s] = dot(query, key + s * head_dim, head_dim);
         return;
     }
-    for (; s + LANES <= n; s += LANES, key += vectors * LANES * LANES) {
-        if (ahead) fetch(key + ahead, vectors * LANES * LANES);
+    for (; s + LANES <= n; s += LANES, key += vectors * LANES * LANES)
         store(score + s, score_block(vectors, LANES, query, key));
-    }
     if (s < n) store(score + s, score_block(vectors, n - s, query, key));
 }
 
@@ -235,16 +227,13 @@ static float soften(float *score, int64_t n) {
     return 1.0f / sum_of(total);
 }
 
-/* out = scale · Σ_s weight[g][s] · value[s] for `heads` heads, `vectors` whole vectors of a value;
- * what lies at `next` is wanted next. */
+/* out = scale · Σ_s weight[g][s] · value[s] for `heads` heads, `vectors` whole vectors of a value. */
 INLINE void blend(int heads, int vectors, int64_t n, int64_t head_dim, int64_t stride,
-                  const float *weight, const float *value, const float *next, float *out,
-                  const float *scale) {
+                  const float *weight, const float *value, float *out, const float *scale) {
     vf sums[KEYS][2];
 #pragma GCC unroll 4
     for (int g = 0; g < heads; g++) sums[g][0] = sums[g][1] = (vf){0};
-    for (int64_t s = 0; s < n; s++, value += head_dim, next += head_dim) {
-        fetch(next, vectors * LANES);
+    for (int64_t s = 0; s < n; s++, value += head_dim) {
         vf a = load(value), b = vectors > 1 ? load(value + LANES) : a;
 #pragma GCC unroll 4
         for (int g = 0; g < heads; g++) {
@@ -262,26 +251,25 @@ INLINE void blend(int heads, int vectors, int64_t n, int64_t head_dim, int64_t s
 
 /* Attention of up to KEYS query heads that share a key head, over n columns. */
 INLINE void attend_heads(int heads, const float *query, const float *key, const float *value,
-                         const float *next, int64_t n, int64_t head_dim, float *score, float *out) {
+                         int64_t n, int64_t head_dim, float *score, float *out) {
     const int64_t stride = up(n, LANES);
     float scale[KEYS];
     for (int g = 0; g < heads; g++) {
         const float *q = query + g * head_dim;
-        const int64_t ahead = g ? 0 : value - key;
         switch (head_dim % LANES ? 0 : head_dim / LANES) {
-        case 1: score_keys(1, q, key, n, head_dim, ahead, score + g * stride); break;
-        case 2: score_keys(2, q, key, n, head_dim, ahead, score + g * stride); break;
-        case 4: score_keys(4, q, key, n, head_dim, ahead, score + g * stride); break;
-        case 8: score_keys(8, q, key, n, head_dim, ahead, score + g * stride); break;
-        default: score_keys(0, q, key, n, head_dim, ahead, score + g * stride);
+        case 1: score_keys(1, q, key, n, head_dim, score + g * stride); break;
+        case 2: score_keys(2, q, key, n, head_dim, score + g * stride); break;
+        case 4: score_keys(4, q, key, n, head_dim, score + g * stride); break;
+        case 8: score_keys(8, q, key, n, head_dim, score + g * stride); break;
+        default: score_keys(0, q, key, n, head_dim, score + g * stride);
         }
         scale[g] = soften(score + g * stride, n);
     }
     int64_t d = 0;
     for (; d + 2 * LANES <= head_dim; d += 2 * LANES)
-        blend(heads, 2, n, head_dim, stride, score, value + d, next + d, out + d, scale);
+        blend(heads, 2, n, head_dim, stride, score, value + d, out + d, scale);
     for (; d + LANES <= head_dim; d += LANES)
-        blend(heads, 1, n, head_dim, stride, score, value + d, next + d, out + d, scale);
+        blend(heads, 1, n, head_dim, stride, score, value + d, out + d, scale);
     for (; d < head_dim; d++)
         for (int g = 0; g < heads; g++) {
             float sum = 0;
@@ -298,10 +286,10 @@ static void attend(const struct model *model, const float *query, const float *k
             const int64_t at = (k * share + g) * D, head = k * head_stride;
             const float *key = keys + head, *value = values + head;
             switch (share - g) {
-            case 1: attend_heads(1, query + at, key, value, key + head_stride, n, D, score, out + at); break;
-            case 2: attend_heads(2, query + at, key, value, key + head_stride, n, D, score, out + at); break;
-            case 3: attend_heads(3, query + at, key, value, key + head_stride, n, D, score, out + at); break;
-            default: attend_heads(KEYS, query + at, key, value, key + head_stride, n, D, score, out + at);
+            case 1: attend_heads(1, query + at, key, value, n, D, score, out + at); break;
+            case 2: attend_heads(2, query + at, key, value, n, D, score, out + at); break;
+            case 3: attend_heads(3, query + at, key, value, n, D, score, out + at); break;
+            default: attend_heads(KEYS, query + at, key, value, n, D, score, out + at);
             }
         }
 }

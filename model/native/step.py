@@ -20,8 +20,8 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.native.build import NativeUnavailableError, load_library
+from model.native.memory import prefer_large_pages
 from model.sampling import Sampler
-from model.slots import SlotCache
 from model.transformer import Transformer
 
 CHUNK = 256  # tokens a call: their activations stay in the processor's cache
@@ -29,14 +29,22 @@ MOST_HIDDEN = 1024  # a wider model is better off with products on all cores
 _LINE = 64  # bytes
 
 
+class Cache(Protocol):
+    """Keys and values, `data` (L, 2, B, K, S, D)."""
+
+    data: Tensor
+
+
 class Places(Protocol):
-    """Where in a cache tokens belong; each sees its row up to itself."""
+    """Where in a cache tokens belong. Each sees its row up to itself, from column `first_M` on or,
+    without it, from the first."""
 
     @property
-    def cache(self) -> SlotCache: ...
+    def cache(self) -> Cache: ...
 
     row_M: Tensor
     column_M: Tensor
+    first_M: Tensor | None
 
 
 class _Matrix(ctypes.Structure):
@@ -89,7 +97,8 @@ class _Weights:
 
 
 class NativeModel:
-    """A copy of a model's weights for native code; it does not follow changes of the model's.
+    """A copy of a model's weights for native code; it follows changes of them when `update` is
+    called.
 
     Raises NativeUnavailableError, in one line, where there is no native code for this model here.
     """
@@ -108,6 +117,7 @@ class NativeModel:
         self._library = load_library()
         self._declare()
         self._keep: list[Tensor] = []  # what the structures point to
+        self._panels = torch.empty(0, dtype=torch.uint8)
         self._layers = (_Layer * config.num_hidden_layers)()
         self._model = _Model(
             config.num_hidden_layers,
@@ -124,7 +134,7 @@ class NativeModel:
             config.rms_norm_eps,
         )
         self._model.layer = self._layers
-        self._pack(model)
+        self.update(model)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._cache_at: tuple[int, ...] = ()
         self._keys = self._values = (c_void_p * config.num_hidden_layers)()
@@ -198,7 +208,7 @@ class NativeModel:
             self._keys = type(self._keys)(*at)
             self._values = type(self._keys)(*(x + each // 2 for x in at))
             self._cache_at = (data.data_ptr(), *data.shape)
-        first_M = torch.zeros_like(ids_M)
+        first_M = torch.zeros_like(ids_M) if attend.first_M is None else attend.first_M[part]
         tokens = _Tokens(
             len(ids_M),
             heads * columns * size,
@@ -235,7 +245,10 @@ class NativeModel:
             ("native_pack", None, [pointer, *[c_int64] * 6, pointer]),
             ("native_draw", None, [*[c_int64] * 3, *[pointer] * 7]),
         ):
-            function = getattr(library, name)
+            try:
+                function = getattr(library, name)
+            except AttributeError as error:
+                raise NativeUnavailableError(f"the library does not fit: {error}") from None
             function.restype, function.argtypes = result, arguments
         structures = (_Model, _Layer, _Tokens)
         for i, structure in enumerate(structures):
@@ -243,8 +256,9 @@ class NativeModel:
                 raise NativeUnavailableError(f"{structure.__name__} has another size in C")
         self._lanes = int(library.native_sizes(len(structures)))
 
-    def _pack(self, model: Transformer) -> None:
-        """Copy the weights: all panels in one piece of memory, in the order that a step reads."""
+    def update(self, model: Transformer) -> None:
+        """Copy the weights of a model of the same sizes: all panels in one piece of memory, in the
+        order that a step reads."""
         places: list[tuple[_Matrix, _Weights, int]] = []
         size = 0
 
@@ -260,6 +274,7 @@ class NativeModel:
                 places.append((matrix, weights, size + before))
             size += sum(nbytes) * len(pairs[0][1].w_EOI)
 
+        self._keep.clear()
         self._model.embed = self._point(model.embed_tokens)
         self._model.turn = self._point(model.rotary)
         self._model.norm = self._point(model.norm.weight)
@@ -276,7 +291,9 @@ class NativeModel:
             w13 = self._weights(moe.w13_EOH, gated=True)
             add((layer.w13, w13), (layer.w2, self._weights(moe.w2_EIH.transpose(1, 2))))
         add((self._model.head, self._weights(model.lm_head)))
-        self._panels = torch.empty(size + _LINE, dtype=torch.uint8)
+        if len(self._panels) != size + _LINE:
+            self._panels = torch.empty(size + _LINE, dtype=torch.uint8)
+            prefer_large_pages(self._panels)
         base = -(-self._panels.data_ptr() // _LINE) * _LINE
         for matrix, weights, offset in places:
             matrix.panels = base + offset

@@ -261,7 +261,7 @@ def test_new_weights_are_packed_anew(policy: Transformer) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_found", {})
     return tmp_path
 
 
@@ -286,9 +286,7 @@ def test_with_a_compiler_that_fails(
     policy: Transformer, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = fresh / "cc"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] || { echo "x.c:1: error: no" >&2; exit 1; }\n'
-    )
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "x.c: error: no" >&2; exit 1; }\n')
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     falls_back(policy, "cc failed: x.c: error: no")
@@ -308,7 +306,7 @@ def test_a_damaged_library_is_made_again(fresh: Path, policy: Transformer) -> No
     [path] = cache_folder().iterdir()
     whole = path.read_bytes()
     for damaged in (b"", whole[:-40], b"x" * 100, whole[:5000] + b"x" + whole[5001:]):
-        build._loaded.clear()
+        build._found.clear()
         path.unlink()  # what is mapped by this process must not change under it
         path.write_bytes(damaged)
         load_library()
