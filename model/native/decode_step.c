@@ -195,17 +195,23 @@ INLINE vf score_block(int vectors, int64_t left, const float *query, const float
     return sums_of(parts);
 }
 
-/* score[s] = query · key[s]; `vectors` whole vectors make a head, 0 for any other size. */
-INLINE void score_keys(int vectors, const float *query, const float *key, int64_t n, int64_t head_dim,
-                       float *score) {
+/* score[g][s] = query[g] · key[s]; `vectors` whole vectors make a head, 0 for any other size. All
+ * heads look at some keys before they go on, so that these are read from memory once. */
+INLINE void score_keys(int vectors, int heads, const float *query, const float *key, int64_t n,
+                       int64_t head_dim, int64_t stride, float *score) {
     int64_t s = 0;
-    if (!vectors) {
-        for (; s < n; s++) score[s] = dot(query, key + s * head_dim, head_dim);
-        return;
+    for (; vectors && s + LANES <= n; s += LANES, key += LANES * head_dim)
+#pragma GCC unroll 1
+        for (int g = 0; g < heads; g++)
+            store(score + g * stride + s, score_block(vectors, LANES, query + g * head_dim, key));
+    for (int g = 0; g < heads && s < n; g++) {
+        const float *q = query + g * head_dim;
+        float *rest = score + g * stride + s;
+        if (vectors)
+            store(rest, score_block(vectors, n - s, q, key));
+        else
+            for (int64_t i = 0; i < n; i++) rest[i] = dot(q, key + i * head_dim, head_dim);
     }
-    for (; s + LANES <= n; s += LANES, key += vectors * LANES * LANES)
-        store(score + s, score_block(vectors, LANES, query, key));
-    if (s < n) store(score + s, score_block(vectors, n - s, query, key));
 }
 
 /* scores → e^(score − largest), zeros up to the next whole vector; returns 1 / their sum. */
@@ -254,17 +260,14 @@ INLINE void attend_heads(int heads, const float *query, const float *key, const 
                          int64_t n, int64_t head_dim, float *score, float *out) {
     const int64_t stride = up(n, LANES);
     float scale[KEYS];
-    for (int g = 0; g < heads; g++) {
-        const float *q = query + g * head_dim;
-        switch (head_dim % LANES ? 0 : head_dim / LANES) {
-        case 1: score_keys(1, q, key, n, head_dim, score + g * stride); break;
-        case 2: score_keys(2, q, key, n, head_dim, score + g * stride); break;
-        case 4: score_keys(4, q, key, n, head_dim, score + g * stride); break;
-        case 8: score_keys(8, q, key, n, head_dim, score + g * stride); break;
-        default: score_keys(0, q, key, n, head_dim, score + g * stride);
-        }
-        scale[g] = soften(score + g * stride, n);
+    switch (head_dim % LANES ? 0 : head_dim / LANES) {
+    case 1: score_keys(1, heads, query, key, n, head_dim, stride, score); break;
+    case 2: score_keys(2, heads, query, key, n, head_dim, stride, score); break;
+    case 4: score_keys(4, heads, query, key, n, head_dim, stride, score); break;
+    case 8: score_keys(8, heads, query, key, n, head_dim, stride, score); break;
+    default: score_keys(0, heads, query, key, n, head_dim, stride, score);
     }
+    for (int g = 0; g < heads; g++) scale[g] = soften(score + g * stride, n);
     int64_t d = 0;
     for (; d + 2 * LANES <= head_dim; d += 2 * LANES)
         blend(heads, 2, n, head_dim, stride, score, value + d, out + d, scale);

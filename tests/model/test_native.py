@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from small_model import CONTEXT, VOCAB, make_uneven
 
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.generate import Engine, GenRequest, Row
+from model.generate import Engine, Generation, GenRequest, Row
 from model.native import build
 from model.native.build import NativeUnavailableError, cache_folder, load_library
 from model.native.step import NativeModel
@@ -209,7 +210,7 @@ def run(batch: RunningBatch, asked: list[GenRequest], seed: int) -> list[Row]:
     return rows
 
 
-def same(rows: list[Row], others: list[Row]) -> None:
+def same(rows: Sequence[Row], others: Sequence[Row | Generation]) -> None:
     assert [row.ids for row in rows] == [row.ids for row in others]
     for row, other in zip(rows, others, strict=True):
         assert row.logprobs == pytest.approx(other.logprobs, abs=1e-5)
@@ -228,21 +229,38 @@ def test_a_running_batch_gives_what_torch_gives(policy: Transformer, prefix_toke
     assert any(row.top for row in first)
 
 
-def test_rows_that_leave_change_no_bit_of_the_others(policy: Transformer) -> None:
-    asked = [replace(request, max_new_tokens=30) for request in requests(20, 1)]
+@pytest.mark.parametrize("prefix_tokens", [0, 4096])
+def test_a_reply_is_the_same_bits_whoever_else_runs(
+    policy: Transformer, prefix_tokens: int
+) -> None:
+    asked = [replace(request, top_p=1.0, top_logprobs=0) for request in requests(40, 1)]
+    batch = RunningBatch(Engine(policy), prefix_tokens=prefix_tokens)
+    gone = [Row(replace(request, max_new_tokens=60)) for request in asked[:3]]
+    batch.join(gone)
+    rows = run(batch, asked[:20], 1)
+    batch.drop([row for row in gone if row.finish is None])
+    rows += run(batch, asked[20:], 2)
+    assert any(row.cached for row in rows) == bool(prefix_tokens)
+    for request, row in zip(asked, rows, strict=True):
+        [alone] = run(RunningBatch(Engine(policy), prefix_tokens=0), [request], 0)
+        assert row.ids == alone.ids and row.logprobs == alone.logprobs
 
-    def results(leaving: bool) -> list[Row]:
-        batch = RunningBatch(Engine(policy), prefix_tokens=0)
-        rows = [Row(request) for request in asked]
-        batch.join(rows)  # in one call, so that the prompts too are computed alike
-        for step in range(30):
-            if leaving and step < 10:
-                batch.drop([rows[2 * step]])
-            batch.step()
-        return rows[1::2]
 
-    for row, other in zip(results(True), results(False), strict=True):
-        assert row.ids == other.ids and row.logprobs == other.logprobs
+@pytest.mark.parametrize("steps", [31, 32])
+def test_an_engine_writes_long_replies_in_native_code(policy: Transformer, steps: int) -> None:
+    model = make_uneven(Transformer(CONFIG, seed=4), 4, 0.2)
+    asked = [
+        GenRequest((1, 2, 3)[: 1 + i % 3], steps - i % 2, seed=i, stop_ids=frozenset({i}))
+        for i in range(9)
+    ]
+    engine = Engine(model)
+    for _ in range(2):  # the second time with other weights, changed in place
+        given = engine.generate(asked)
+        same(run(RunningBatch(Engine(model), native=False), asked, 0), given)
+        assert (engine._native is not None) == (steps == 32)
+        with torch.no_grad():
+            model.lm_head.mul_(-1)
+            model.layers[0].block_sparse_moe.w2_EIH.mul_(2)
 
 
 def test_new_weights_are_packed_anew(policy: Transformer) -> None:
