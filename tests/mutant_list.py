@@ -23,6 +23,7 @@ LOOP = "tests/rl/test_rl_loop.py::"
 MOE = "tests/model/test_model_moe.py::"
 PARITY = "tests/model/test_model_parity.py::"
 GENERATE = "tests/model/test_model_generate.py::"
+NATIVE = "tests/model/test_native.py::"
 GATE = "tests/selfevo/test_selfevo_gate.py::"
 GUARD = "tests/selfevo/test_selfevo_guard.py::"
 STORE = "tests/selfevo/test_selfevo_store.py::"
@@ -143,6 +144,41 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return id_B1[:, 0], logp_BV.gather(1, id_B1)[:, 0]",
         "        return id_B1[:, 0], logits_BV.log_softmax(-1).gather(1, id_B1)[:, 0]",
         (f"{GENERATE}test_logprobs_equal_rescoring[0.7]",),
+    ),
+    Mutant(
+        "native-weights-hold-the-bias",
+        "model/native/decode_step.c",
+        "        total += score[best];",
+        "        score[best] += bias[best], total += score[best];",
+        (f"{NATIVE}test_logits_are_those_of_torch_for_any_sizes",),
+    ),
+    Mutant(
+        "native-rows-share-a-tile",
+        "model/native/decode_step.c",
+        "            vf factor = all(x[m][i]);",
+        "            vf factor = all(x[m][i] + (rows > 7 ? 1e-7f : 0));",
+        (f"{NATIVE}test_a_rows_bits_do_not_depend_on_the_others",),
+    ),
+    Mutant(
+        "native-short-without-a-look",
+        "model/native/decode_step.c",
+        "    return !(low & 0xffffu);",
+        "    return 1;",
+        (f"{NATIVE}test_weights_in_16_bits_give_the_same_bits",),
+    ),
+    Mutant(
+        "native-keeps-old-weights",
+        "model/generate.py",
+        "                self._native.update(self.model)",
+        "                pass",
+        (f"{NATIVE}test_an_engine_writes_long_replies_in_native_code",),
+    ),
+    Mutant(
+        "native-trusts-a-damaged-library",
+        "model/native/build.py",
+        "    return same and owner == os.getuid()",
+        "    return owner == os.getuid()",
+        (f"{NATIVE}test_a_damaged_library_is_made_again",),
     ),
     # ---------------------------------------------------------------- selfevo
     Mutant(
