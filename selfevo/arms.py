@@ -34,6 +34,8 @@ class Commands:
     train: tuple[str, ...] = (sys.executable, "-m", "rl.train")
     evaluate: tuple[str, ...] = (sys.executable, "-m", "rl.evaluate")
     serve: ServeCommand = field(default_factory=ServeCommand)
+    solve: tuple[str, ...] = (sys.executable, "-m", "agent_tools.mle_agent", "run")
+    prepare: tuple[str, ...] = (sys.executable, "-m", "agent_tools.mle_bench", "prepare")
     check_machine: bool = True
     """Whether the suite's prepared data is looked for first; another plane may need none."""
     launcher: Callable[[Path], Launcher] = LocalLauncher

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from selfevo.cli_medals import medals
+from selfevo.cli_medals import medals_app
 from selfevo.cli_pr import pr_app
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ app = typer.Typer(
     help="An auditable self-improvement loop for reinforcement learning of language-model agents.",
 )
 app.add_typer(pr_app, name="pr")
-app.command()(medals)
+app.add_typer(medals_app, name="medals")
 
 LabArgument = Annotated[
     Path, typer.Argument(help="lab folder, or the folder of one campaign (LAB/runs/NAME)")

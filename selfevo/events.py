@@ -57,6 +57,11 @@ KINDS = frozenset(
         "branch.restored",
         "memory.intent",
         "memory",
+        # in the logs of runs/medals/, never in a campaign's
+        "measure.start",
+        "measure.scores",
+        "measure.end",
+        "sealed.open",
     }
 )
 

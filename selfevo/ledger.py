@@ -1,14 +1,15 @@
 """The ledger: one row for every script that was ever scored, in a DuckDB table.
 
-It is a cache of the event logs and their blobs. `open_ledger` reads what is new in the lab and
-gives a connection with the table `scores`; deleting the file loses nothing. Nothing in the loop
-reads it: what stands in it never reaches a prompt, a digest, the memory or the gate.
+It is a cache of the event logs and their blobs: those of the campaigns, and those that
+`selfevo.measure` writes. `open_ledger` reads what is new in the lab and gives a connection with the
+table `scores`; deleting the file loses nothing. Nothing in the loop reads it: what stands in it
+never reaches a prompt, a digest, the memory or the gate.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,22 +25,27 @@ if TYPE_CHECKING:
 
 LEDGER_FILE = "ledger.duckdb"
 MEDALS_FOLDER = "medals"  # runs/medals/<id>/events.jsonl: measurements outside a campaign
-SCHEMA = 1
+SCHEMA = 2
+POLICY = "policy"  # the column `agent` of a campaign's own scripts
 
 
 @dataclass(frozen=True)
 class LedgerRow:
     """One scored script.
 
-    `seed` is the train seed, `sample` the script's number within seed and competition; `fold` is
-    None for the whole private test. `job_hours` and `gpu_hours` count all training and evaluation
-    of the campaign up to this measurement, `wall_hours` the time since its start.
+    `agent` says who wrote it: ``policy`` alone in a campaign, else the competition agent; `seed` is
+    the train seed, or the agent's; `sample` the script's number within seed and competition.
+    `board` is what it is ranked in: ``fitted`` for our own fields, else the origin of the user's
+    leaderboard. `fold` is None for the whole private test. `job_hours` and `gpu_hours` count all
+    training and evaluation of the campaign up to its own measurement of the arm, `wall_hours` the
+    time since its start.
     """
 
     campaign: str
     round: int
     arm: str
     role: str
+    agent: str
     commit: str
     checkpoint: str
     suite: str
@@ -47,6 +53,7 @@ class LedgerRow:
     split: str
     fold: int | None
     evaluator: str
+    board: str
     seed: int
     sample: int
     competition: str
@@ -76,31 +83,77 @@ COLUMNS = ", ".join(
 )
 
 
+@dataclass
+class Hours:
+    """Time since a campaign's start, and hours of its jobs and of their GPUs, event by event."""
+
+    first_ts: float = 0.0
+    jobs_s: float = 0.0
+    gpu_s: float = 0.0
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        self.first_ts = self.first_ts or event.ts
+        if event.kind == "job.done":
+            seconds = float(event.data["result"].get("seconds") or 0.0)
+            self.jobs_s += seconds
+            self.gpu_s += seconds * str(event.data["result"].get("device", "")).startswith("cuda")
+
+    def at(self, event: Event) -> dict[str, float]:
+        """The three columns for a row of this event."""
+        return {
+            "wall_hours": (event.ts - self.first_ts) / 3600,
+            "job_hours": self.jobs_s / 3600,
+            "gpu_hours": self.gpu_s / 3600,
+        }
+
+
+def rows_of(events: Sequence[Event], folder: Path) -> Iterator[LedgerRow]:
+    """Every scored script of a log: a campaign's, or a measurement's."""
+    if events and events[0].kind == "measure.start":
+        return measurement_rows(events, folder)
+    return campaign_rows(events, folder)
+
+
 def campaign_rows(events: Iterable[Event], folder: Path) -> Iterator[LedgerRow]:
     """Every scored script of a campaign, in the order of its log. `LogError` for a lost blob."""
     view = CampaignView()
-    jobs_s = gpu_s = 0.0
+    hours = Hours()
     limits: dict[str, dict[str, float]] = {}
     strata: dict[str, str] = {}
     for event in events:
         apply(view, event)
         if event.kind == "campaign.start":
             strata, limits = _suite_facts(view.info["suite"], view.info["suite_version"])
-        if event.kind == "job.done":
-            seconds = float(event.data["result"].get("seconds") or 0.0)
-            jobs_s += seconds
-            gpu_s += seconds * str(event.data["result"].get("device", "")).startswith("cuda")
+        hours.add(event)
         if event.kind != "eval.scores" or event.data["rows"] is None:
             continue
-        about = _about(view, event) | {
-            "wall_hours": (event.ts - view.first_ts) / 3600,
-            "job_hours": jobs_s / 3600,
-            "gpu_hours": gpu_s / 3600,
-        }
+        about = _about(view, event) | hours.at(event)
         text = read_blob(folder, event.data["rows"]).decode("utf-8")
         for row in parse_scores(text, f"{folder.name}, event {event.seq}"):
             if row["status"] != "infra":
                 yield LedgerRow(**about, **_script(row, strata, limits))
+
+
+def measurement_rows(events: Iterable[Event], folder: Path) -> Iterator[LedgerRow]:
+    """Every graded submission of a measurement, in the order of its log."""
+    known: dict[tuple[str, int], dict[str, str]] = {}
+    for event in events:
+        if event.kind != "measure.scores":
+            continue
+        data = event.data
+        suite = (str(data["suite"]), int(data["suite_version"]))
+        if suite not in known:
+            known[suite], _ = _suite_facts(*suite)
+        names = ("round", "arm", "role", "agent", "commit", "checkpoint")
+        about = {"campaign": event.campaign, **{name: data[name] for name in names}}
+        about |= {name: data[name] for name in ("suite", "suite_version", "seed")} | data["hours"]
+        text = read_blob(folder, data["rows"]).decode("utf-8")
+        for row in parse_scores(text, f"{folder.name}, event {event.seq}"):
+            own = {"split": row["split"], "fold": row["fold"], "board": row["board"]}
+            own |= {"evaluator": row["evaluator_hash"]}
+            limits = {str(row["competition"]): row["thresholds"]}
+            yield LedgerRow(**about, **own, **_script(row, known[suite], limits))
 
 
 def _about(view: CampaignView, event: Event) -> dict[str, Any]:
@@ -115,6 +168,7 @@ def _about(view: CampaignView, event: Event) -> dict[str, Any]:
         "round": event.round if job is None else job.round,
         "arm": arm,
         "role": data["role"],
+        "agent": POLICY,
         "commit": commits.get(arm, view.info["commit"]),
         "checkpoint": f"{trained[-1].id}/{checkpoint}" if checkpoint else data["parent"],
         "suite": view.info["suite"],
@@ -122,6 +176,7 @@ def _about(view: CampaignView, event: Event) -> dict[str, Any]:
         "split": "val",
         "fold": None,
         "evaluator": data.get("evaluator", ""),
+        "board": "fitted",
         "seed": data["seed"],
     }
 
@@ -220,7 +275,7 @@ def _take_in(connection: duckdb.DuckDBPyConnection, log: Path, runs: Path) -> No
     import duckdb
     import pandas as pd
 
-    rows = [asdict(row) for row in campaign_rows(read_events(log)[0], log.parent)]
+    rows = [asdict(row) for row in rows_of(read_events(log)[0], log.parent)]
     names = [f.name for f in fields(LedgerRow)]
     table = pd.DataFrame(rows, columns=names).astype(object)  # NaN would not be NULL
     table.insert(0, "source", source)

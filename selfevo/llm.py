@@ -53,6 +53,75 @@ class ServeCommand:
         ]
 
 
+class Served:
+    """A checkpoint behind an OpenAI-compatible server of our own on a free loopback port.
+
+    The server ends with `stop`, and with this process even if that is killed. `folder` takes its
+    log and the file with its port.
+    """
+
+    def __init__(self, command: ServeCommand, checkpoint: Path, folder: Path) -> None:
+        self._command = command
+        self._checkpoint = checkpoint
+        self._folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> str:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> str:
+        """Start the server and wait for it; its base URL. Raises `InfraError`."""
+        port_file = self._folder / "serve.json"
+        port_file.unlink(missing_ok=True)
+        log = self._folder / "serve.log"
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self._command.full(self._checkpoint, port_file),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                tail = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+                raise InfraError(
+                    f"the bundled server ended with exit code {self.process.returncode}: "
+                    f"{tail[-1][:160]}; see {log}"
+                )
+            address = _address(port_file)
+            if address and _healthy(address):
+                return f"{address}/v1"
+            time.sleep(0.1)
+        raise InfraError(
+            f"the bundled server did not answer within {START_LIMIT_S:.0f} s; see {log}"
+        )
+
+    def stop(self) -> None:
+        """End the server; harmless where none runs."""
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+            self.process = None
+
+
 class Endpoint:
     """An OpenAI-compatible chat endpoint, for the duration of a `with` block.
 
@@ -66,7 +135,7 @@ class Endpoint:
         self._settings = settings
         self._folder = folder
         self._command = command or ServeCommand()
-        self._server: subprocess.Popen[bytes] | None = None
+        self._served: Served | None = None
         self._client: Any = None
         self.base_url = settings.base_url
 
@@ -75,7 +144,8 @@ class Endpoint:
 
         if self._settings.base_url == "auto":
             try:
-                self.base_url = self._start()
+                self._served = Served(self._command, _bundled_checkpoint(), self._folder)
+                self.base_url = self._served.start()
             except BaseException:
                 self.close()
                 raise
@@ -119,14 +189,9 @@ class Endpoint:
         if self._client is not None:
             self._client.close()
             self._client = None
-        if self._server is not None:
-            self._server.terminate()
-            try:
-                self._server.wait(10)
-            except subprocess.TimeoutExpired:
-                self._server.kill()
-                self._server.wait(10)
-            self._server = None
+        if self._served is not None:
+            self._served.stop()
+            self._served = None
 
     def chat(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One chat completion; returns the reply as plain JSON with at least one choice.
@@ -189,35 +254,6 @@ class Endpoint:
             "goes on with a campaign), or set agent.base_url in selfevo.yaml and `selfevo run`"
         )
 
-    def _start(self) -> str:
-        checkpoint = _bundled_checkpoint()
-        port_file = self._folder / "serve.json"
-        port_file.unlink(missing_ok=True)
-        log = self._folder / "serve.log"
-        with log.open("wb") as out:
-            self._server = subprocess.Popen(
-                self._command.full(checkpoint, port_file),
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
-            )
-        deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline:
-            if self._server.poll() is not None:
-                tail = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-                raise InfraError(
-                    f"the bundled server ended with exit code {self._server.returncode}: "
-                    f"{tail[-1][:160]}; see {log}"
-                )
-            address = _address(port_file)
-            if address and _healthy(address):
-                return f"{address}/v1"
-            time.sleep(0.1)
-        raise InfraError(
-            f"the bundled server did not answer within {START_LIMIT_S:.0f} s; see {log}"
-        )
-
 
 def _bundled_checkpoint() -> Path:
     checkpoint = repo_root() / "model" / "checkpoints" / "nano"
@@ -244,7 +280,7 @@ def _healthy(address: str) -> bool:
         return False
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: SIGKILL when the parent goes, however it goes; own group, so Ctrl-C is ours."""
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

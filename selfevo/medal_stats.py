@@ -3,7 +3,8 @@
 A rate of one seed is the mean over competitions of the mean over their scripts, so each
 competition counts once. The table gives the mean over seeds ± one standard error of the mean
 (sample deviation / √seeds; 0 for one seed, as MLE-bench has it) and a 95 % bootstrap interval that
-draws scripts again within each stratum (a competition of one seed).
+draws scripts again within each stratum: a competition of one seed, or, where each seed has one
+submission a competition, that competition over all seeds.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ class MedalStats:
 
 Row = dict[str, Any]
 QUERY = """
-    SELECT campaign, round, arm, role, seed, competition, medal, any_medal, above_median,
-           percentile, valid, wall_hours, job_hours, gpu_hours
-    FROM scores WHERE campaign = ? AND suite = ? AND split = ? AND fold IS NOT DISTINCT FROM ?
-    ORDER BY round, role DESC, arm, seed, competition, sample
+    SELECT source, suite, suite_version, split, agent, board, checkpoint, campaign, round, arm,
+           role, seed, competition, medal, any_medal, above_median, percentile, valid, wall_hours,
+           job_hours, gpu_hours
+    FROM scores WHERE campaign = ? AND suite = ? AND fold IS NULL
+      AND (source = ? OR starts_with(source, 'medals/'))
+    ORDER BY agent <> 'policy', source, suite_version, split, round, role DESC, arm, seed,
+             competition, sample
 """
 
 
@@ -85,30 +89,53 @@ def _line(rows: Sequence[Row], by: By) -> MedalStats:
         competitions=len({row["competition"] for row in rows}),
         scripts=len(rows),
         **{m: sum(row["medal"] == m for row in rows) for m in ("gold", "silver", "bronze")},
-        rates={name: rate(_values(cells, name)) for name in FIGURES},
+        rates={name: rate(_values(cells, name), strata=_strata(cells, name)) for name in FIGURES},
         wall_hours=last["wall_hours"],
         job_hours=last["job_hours"],
         gpu_hours=max(row["gpu_hours"] for row in rows),
     )
 
 
-def _values(cells: dict[int, dict[str, list[Row]]], name: str) -> list[list[list[float]]]:
-    scale = 1.0 if name == "percentile" else 100.0
+Cells = dict[int, dict[str, list[Row]]]
+
+
+def _values(cells: Cells, name: str) -> list[list[list[float]]]:
     return [
-        [[scale * float(row[name]) for row in found] for found in competitions.values()]
+        [[_value(row, name) for row in found] for found in competitions.values()]
         for competitions in cells.values()
     ]
 
 
-def rate(values: Sequence[Sequence[Sequence[float]]], draws: int = DRAWS) -> Rate:
-    """The rate of values by seed, competition and script."""
+def _strata(cells: Cells, name: str) -> list[list[float]] | None:
+    """Competitions over all seeds, where every seed has one row of each; else None."""
+    names = {frozenset(competitions) for competitions in cells.values()}
+    if len(names) > 1 or any(len(f) > 1 for c in cells.values() for f in c.values()):
+        return None
+    return [[_value(c[one][0], name) for c in cells.values()] for one in sorted(next(iter(names)))]
+
+
+def _value(row: Row, name: str) -> float:
+    return (1.0 if name == "percentile" else 100.0) * float(row[name])
+
+
+def rate(
+    values: Sequence[Sequence[Sequence[float]]],
+    draws: int = DRAWS,
+    strata: Sequence[Sequence[float]] | None = None,
+) -> Rate:
+    """The rate of values by seed, competition and script.
+
+    `strata` are drawn from instead of the competitions of each seed; each counts the same.
+    """
     seeds = np.array([_seed_mean(seed) for seed in values])
     sem = float(seeds.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else 0.0
     rng = np.random.default_rng(0)
     drawn = np.zeros(draws)
-    for seed in values:
-        for scripts in seed:
-            drawn += _drawn_means(np.asarray(scripts), draws, rng) / (len(seed) * len(values))
+    groups = [(s, len(seed) * len(values)) for seed in values for s in seed]
+    if strata is not None:
+        groups = [(stratum, len(strata)) for stratum in strata]
+    for scripts, parts in groups:
+        drawn += _drawn_means(np.asarray(scripts), draws, rng) / parts
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Rate(float(seeds.mean()), sem, float(low), float(high))
 

@@ -60,6 +60,12 @@ def run(
     competition: Annotated[
         list[str] | None, typer.Option("--competition", help="repeatable [default: the split]")
     ] = None,
+    sealed: Annotated[
+        bool,
+        typer.Option(
+            "--sealed", help="the sealed competitions, no others: for `selfevo medals sealed`"
+        ),
+    ] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="runs a competition")] = 3,
     first_seed: Annotated[int, typer.Option("--first-seed", min=0)] = 0,
     settings: Annotated[str, typer.Option("--settings", help="real or nano")] = "real",
@@ -109,7 +115,7 @@ def run(
         suite_version=suite_version(suite),
         settings=foreign.settings() if foreign else asdict(search),
         model=model if base_url else "none",
-        competitions=competition_ids(suite, split, competition, data_dir),
+        competitions=competition_ids(suite, split, competition, data_dir, sealed=sealed),
         seeds=tuple(range(first_seed, first_seed + seeds)),
         commit=_commit(),
         checkpoint=checkpoint or (_bundled_mark() if base_url == "auto" else None),

@@ -102,7 +102,11 @@ def fault(suite: str, competition_id: str, submission: bytes, data_dir: Path | N
 
 @dataclass(frozen=True)
 class Grader:
-    """How one competition is graded. `grade` takes a file and a fold, None for the whole test."""
+    """How one competition is graded. `grade` takes a file and a fold, None for the whole test.
+
+    `board` is what scores are ranked in: ``fitted`` for our own fields; for MLE-bench's, the
+    `Board.origin` of the user's file.
+    """
 
     grade: Callable[[Path, int | None], GradeReport]
     private_dir: Path
@@ -110,6 +114,7 @@ class Grader:
     split: str
     folds: tuple[int | None, ...]
     evaluator: str
+    board: str
 
 
 def _grader(suite: str, competition_id: str, data_dir: Path | None) -> Grader:
@@ -125,6 +130,7 @@ def _grader(suite: str, competition_id: str, data_dir: Path | None) -> Grader:
         split=competition.split,
         folds=(None, *folds),
         evaluator=evaluator_hash(chosen),
+        board="fitted",
     )
 
 
@@ -162,6 +168,7 @@ def _lite_grader(found: FolderCompetition) -> Grader:
         split="test",
         folds=(None,),
         evaluator=reports.evaluator_hash(found, board),
+        board=board.origin,
     )
 
 
@@ -226,6 +233,7 @@ def _row(
         "error": report.error,
         "cost": cost,
         "evaluator_hash": grader.evaluator,
+        "board": grader.board,
         "campaign": about.campaign,
         "round": about.round,
         # the same again under the names of `rl.evaluate`'s rows

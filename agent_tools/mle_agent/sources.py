@@ -34,38 +34,54 @@ def suite_version(suite: str) -> int:
 
 
 def competition_ids(
-    suite: str, split: str, asked: list[str] | None, data_dir: Path | None
+    suite: str, split: str, asked: list[str] | None, data_dir: Path | None, *, sealed: bool = False
 ) -> tuple[str, ...]:
-    """Ids to run, all of them prepared. Raises `UserError`; sealed competitions are refused.
+    """Ids to run, all of them prepared. Raises `UserError`.
 
-    Of Lite, without `asked`, those that are prepared.
+    Sealed competitions are refused, but with `sealed` there are no others. Of Lite, without
+    `asked`, those that are prepared; their leaderboards are read, so that nothing is run that
+    could not be graded.
     """
     if split not in ("train", "val", "all"):
         raise UserError(f"--split {split!r}: choose train, val or all; sealed has its own command")
     if suite == LITE:
+        if sealed:
+            raise UserError(f"--sealed: {LITE} has no sealed competitions: leave it out")
         names = asked or [
             name for name in lite_boards() if folder_competition(name, data_dir).missing() is None
         ]
         for name in names:
             load_view(suite, name, data_dir)
+            folder_competition(name, data_dir).board()
         if not names:
             raise UserError(
-                "no competition of Lite is prepared: `python -m agent_tools.mle_bench lite-status` "
-                "says what to fetch"
+                "no competition of Lite is prepared: download each one's zip from Kaggle with your "
+                "own account and give its id to `python -m agent_tools.mle_bench lite-prepare`, "
+                "which compares the zip and what it makes with MLE-bench's MD5 sums; pull the "
+                "leaderboards of a checkout of MLE-bench with `git lfs pull` and name it in "
+                "SELFEVO_MLEBENCH, they are compared by size and SHA-256; "
+                "`python -m agent_tools.mle_bench lite-status` lists what there is"
             )
         return tuple(dict.fromkeys(names))
     chosen = load_suite(suite)
     names = asked or [
         ref.id
         for ref in chosen.competitions
-        if ref.split != "sealed" and split in (ref.split, "all")
+        if (ref.split == "sealed") == sealed and (sealed or split in (ref.split, "all"))
     ]
     for name in names:
-        if ref_of(name, chosen).split == "sealed":
-            raise UserError(f"--competition {name}: is sealed, only the sealed command opens it")
+        is_sealed = ref_of(name, chosen).split == "sealed"
+        if is_sealed and not sealed:
+            raise UserError(
+                f"--competition {name}: is sealed, only `selfevo medals sealed` opens it"
+            )
+        if sealed and not is_sealed:
+            raise UserError(f"--competition {name}: is not sealed: leave out --sealed")
         load_view(suite, name, data_dir)
     if not names:
-        raise UserError(f"suite {suite} has no competitions of split {split}")
+        raise UserError(
+            f"suite {suite} has no competitions of split {'sealed' if sealed else split}"
+        )
     return tuple(dict.fromkeys(names))
 
 

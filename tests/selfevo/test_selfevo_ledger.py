@@ -10,8 +10,8 @@ import duckdb
 import numpy as np
 import pytest
 
-from selfevo import cli_medals
 from selfevo.campaign import read_view
+from selfevo.cli_medals import incumbents, sheets
 from selfevo.ledger import LEDGER_FILE, campaign_rows, open_ledger
 from selfevo.medal_plot import medal_svg
 from selfevo.medal_stats import rate, stats
@@ -120,22 +120,22 @@ def test_the_interval_covers_the_true_rate() -> None:
 
 def test_groups_keep_the_order_of_the_log(campaign: Path) -> None:
     view = read_view(campaign)
-    rows = cli_medals._rows(campaign, view)
+    rows = sheets(campaign, view, view.info["suite"])[0].rows
     assert [line.round for line in stats(rows, "round")] == [0, 1]
     assert [line.group for line in stats(rows, "competition")] == [
         "electricity-demand",
         "vowel-speaker",
     ] * 2
     assert [line.scripts for line in stats(rows, "seed")] == [32, 32, 32, 32]
-    assert cli_medals.incumbents(view) == [line.arm for line in stats(rows, "arm")]
+    assert incumbents(view) == [line.arm for line in stats(rows, "arm")]
 
 
 def test_the_plot_is_well_formed_and_names_every_arm(campaign: Path) -> None:
     from xml.etree import ElementTree
 
     view = read_view(campaign)
-    lines = stats(cli_medals._rows(campaign, view), "arm")
-    text = medal_svg(lines, cli_medals.incumbents(view), title="a < b & c")
+    lines = stats(sheets(campaign, view, view.info["suite"])[0].rows, "arm")
+    text = medal_svg(lines, incumbents(view), title="a < b & c")
     tree = ElementTree.fromstring(text)
     circles = [e for e in tree.iter() if e.tag.endswith("circle")]
     assert len(circles) == 2 * len(lines) and "hours of jobs, no GPU" in text

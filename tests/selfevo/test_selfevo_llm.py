@@ -53,8 +53,8 @@ def test_auto_serves_for_the_block_and_no_longer(tmp_path: Path, command: ServeC
         assert endpoint.base_url.startswith("http://127.0.0.1:")
         reply = endpoint.chat({"model": "nano", "messages": [{"role": "user", "content": "hi"}]})
         assert reply["choices"][0]["message"]["content"] == "hello"
-        assert endpoint._server is not None
-        server = psutil.Process(endpoint._server.pid)
+        assert endpoint._served is not None and endpoint._served.process is not None
+        server = psutil.Process(endpoint._served.process.pid)
         assert server.is_running()
     assert not psutil.pid_exists(server.pid) or server.status() == psutil.STATUS_ZOMBIE
 
@@ -67,7 +67,7 @@ def test_the_server_dies_with_a_killed_parent(tmp_path: Path, command: ServeComm
         "from selfevo.llm import Endpoint, ServeCommand\n"
         f"with Endpoint(AgentSection(), Path({str(tmp_path)!r}),\n"
         f"              ServeCommand({command.argv!r})) as e:\n"
-        "    print(e._server.pid, flush=True)\n    time.sleep(60)\n"
+        "    print(e._served.process.pid, flush=True)\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
