@@ -217,12 +217,12 @@ def sheets(folder: Path, view: CampaignView, suite: str) -> list[Sheet]:
         names = [column[0] for column in found.description]
         rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     keys = ("suite", "suite_version", "split", "agent", "source")
-    found = []
+    made: list[Sheet] = []
     for key, group in groupby(rows, lambda row: tuple(row[name] for name in keys)):
         name, version, split, agent, source = key
         measurement = None if source == own else Path(source).name
-        found.append(Sheet(name, version, split, agent, measurement, list(group)))
-    return found
+        made.append(Sheet(name, version, split, agent, measurement, list(group)))
+    return made
 
 
 def show(

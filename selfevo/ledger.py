@@ -23,6 +23,8 @@ from selfevo.views import CampaignView, apply
 if TYPE_CHECKING:
     import duckdb
 
+    from agent_tools.mle_bench.registry import Suite
+
 LEDGER_FILE = "ledger.duckdb"
 MEDALS_FOLDER = "medals"  # runs/medals/<id>/events.jsonl: measurements outside a campaign
 SCHEMA = 2
@@ -124,7 +126,8 @@ def campaign_rows(events: Iterable[Event], folder: Path) -> Iterator[LedgerRow]:
     for event in events:
         apply(view, event)
         if event.kind == "campaign.start":
-            strata, limits = _suite_facts(view.info["suite"], view.info["suite_version"])
+            suite = (view.info["suite"], view.info["suite_version"])
+            strata, limits = _strata(*suite), _limits(*suite)
         hours.add(event)
         if event.kind != "eval.scores" or event.data["rows"] is None:
             continue
@@ -144,7 +147,7 @@ def measurement_rows(events: Iterable[Event], folder: Path) -> Iterator[LedgerRo
         data = event.data
         suite = (str(data["suite"]), int(data["suite_version"]))
         if suite not in known:
-            known[suite], _ = _suite_facts(*suite)
+            known[suite] = _strata(*suite)
         names = ("round", "arm", "role", "agent", "commit", "checkpoint")
         about = {"campaign": event.campaign, **{name: data[name] for name in names}}
         about |= {name: data[name] for name in ("suite", "suite_version", "seed")} | data["hours"]
@@ -205,26 +208,31 @@ def _script(
     }
 
 
-def _suite_facts(name: str, version: int) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Strata and thresholds of the suite, as far as this version of it is the installed one."""
-    from agent_tools.mle_bench.medals import medal_thresholds
-    from agent_tools.mle_bench.registry import (
-        load_config,
-        load_suite,
-        read_leaderboard,
-        suite_names,
-    )
+def _installed(name: str, version: int) -> Suite | None:
+    """The suite, if this version of it is the installed one."""
+    from agent_tools.mle_bench.registry import load_suite, suite_names
 
-    if name not in suite_names() or load_suite(name).version != version:
-        return {}, {}
-    suite = load_suite(name)
-    limits = {}
-    for ref in suite.competitions if suite.medals else ():
+    suite = load_suite(name) if name in suite_names() else None
+    return suite if suite is not None and suite.version == version else None
+
+
+def _strata(name: str, version: int) -> dict[str, str]:
+    suite = _installed(name, version)
+    return {ref.id: ref.strata for ref in suite.competitions} if suite is not None else {}
+
+
+def _limits(name: str, version: int) -> dict[str, dict[str, float]]:
+    """Medal thresholds by competition."""
+    from agent_tools.mle_bench.medals import medal_thresholds
+    from agent_tools.mle_bench.registry import load_config, read_leaderboard
+
+    suite, limits = _installed(name, version), {}
+    for ref in suite.competitions if suite is not None and suite.medals else ():
         config = load_config(ref.id)
         board = read_leaderboard(config.folder / "leaderboard.csv", config.lower_is_better)
         if board:
             limits[ref.id] = asdict(medal_thresholds(board, config.lower_is_better))
-    return {ref.id: ref.strata for ref in suite.competitions}, limits
+    return limits
 
 
 # ------------------------------------------------------------------ the table

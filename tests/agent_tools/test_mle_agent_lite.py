@@ -68,6 +68,7 @@ def test_a_search_on_mle_benchs_layout_is_graded_by_its_rules(
     row = json.loads((tmp_path / "out" / "scores.jsonl").read_text())
     assert (row["suite"], row["split"], row["score"]) == (LITE, "test", 15.0)
     assert (row["medal"], row["valid"], row["above_median"]) == ("silver", True, True)
+    assert row["board"] == "unverified"
     assert row["thresholds"] == {"gold": 10.0, "silver": 20.0, "bronze": 40.0, "median": 50.5}
     best = json.loads((tmp_path / "out" / "best_on_test.jsonl").read_text())
     assert (best["score"], best["medal"]) == (5.0, "gold")
@@ -105,6 +106,11 @@ def test_what_is_not_prepared_says_so(checkout: Checkout, tmp_path: Path) -> Non
         competition_ids(LITE, "all", ["spooky-author-identification"], None)
     with pytest.raises(UserError, match="no competition 'nothing'"):
         competition_ids(LITE, "all", ["nothing"], None)
+    with pytest.raises(UserError, match="no sealed competitions"):
+        competition_ids(LITE, "all", None, None, sealed=True)
+    checkout.add("no-board", board=None)
+    with pytest.raises(UserError, match=r"no leaderboard .*git lfs pull"):
+        competition_ids(LITE, "all", ["no-board"], None)
     done = run(tmp_path / "out", "--settings", "nano", "--base-url", "auto")
     assert done.returncode == UserError.exit_code
     assert "knows our own suites only" in done.stderr

@@ -108,6 +108,24 @@ def test_a_rate_is_the_mean_over_seeds_with_its_standard_error() -> None:
     assert (found.low, found.high) == (pytest.approx(25.0), pytest.approx(50.0))
 
 
+def test_one_run_a_competition_and_seed_is_drawn_over_the_seeds() -> None:
+    values = [[[100.0], [0.0]], [[0.0], [0.0]]]  # seed, competition, run
+    assert (rate(values).low, rate(values).high) == (25.0, 25.0)  # no stratum has two to draw from
+    row = {"campaign": "c", "round": 0, "arm": "a", "role": "start", "medal": None}
+    hours = {"wall_hours": 0.0, "job_hours": 0.0, "gpu_hours": 0.0}
+    rows = [
+        {**row, **hours, "seed": seed, "competition": name, "any_medal": value > 0,
+         "above_median": False, "percentile": value, "valid": True}
+        for seed, cells in enumerate(values)
+        for name, (value,) in zip("xy", cells, strict=True)
+    ]  # fmt: skip
+    (line,) = stats(rows, "round")
+    found = line.rates["any_medal"]
+    # x comes out as 0, 50 and 100 with chances 1/4, 1/2, 1/4, and y as 0
+    assert (found.mean, found.low, found.high) == (25.0, 0.0, 50.0)
+    assert found.sem == pytest.approx(25.0)
+
+
 def test_the_interval_covers_the_true_rate() -> None:
     rng = np.random.default_rng(1)
     hits = 0
