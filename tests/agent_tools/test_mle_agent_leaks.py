@@ -12,6 +12,7 @@ import pytest
 from agent_tools.errors import UserError
 from agent_tools.mle_agent import leaks
 from agent_tools.mle_agent.leaks import Answers, installed_sources, require_clean, scan
+from agent_tools.mle_agent.sources import competition_ids
 from agent_tools.mle_bench.registry import PACKAGE
 from agent_tools.paths import script_python
 
@@ -162,3 +163,26 @@ print(len(opened) > 50, private)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "True []", done.stderr[-2000:]
+
+
+def test_sealed_competitions_run_under_their_own_flag_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half-sealed.yaml").write_text(
+        "name: half-sealed\nversion: 1\ncompetitions:\n"
+        "  - {id: electricity-demand, split: val, strata: time}\n"
+        "  - {id: vowel-speaker, split: sealed, strata: signal}\n"
+    )
+    monkeypatch.setattr("agent_tools.mle_bench.registry.SUITES", tmp_path)
+
+    def ids(*asked: str, sealed: bool = False) -> tuple[str, ...]:
+        return competition_ids("half-sealed", "all", [*asked] or None, None, sealed=sealed)
+
+    assert ids() == ("electricity-demand",)
+    assert ids(sealed=True) == ("vowel-speaker",)
+    with pytest.raises(UserError, match="only `selfevo medals sealed` opens it"):
+        ids("vowel-speaker")
+    with pytest.raises(UserError, match="is not sealed: leave out --sealed"):
+        ids("electricity-demand", sealed=True)
+    with pytest.raises(UserError, match="sealed has its own command"):
+        competition_ids("half-sealed", "sealed", None, None)

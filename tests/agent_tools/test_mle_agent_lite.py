@@ -109,6 +109,9 @@ def test_what_is_not_prepared_says_so(checkout: Checkout, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no sealed competitions"):
         competition_ids(LITE, "all", None, None, sealed=True)
     checkout.add("no-board", board=None)
+    bare = checkout.private("no-board").parent / "public"
+    bare.mkdir()
+    (bare / "train.csv").write_text("id,y\n7,3.0\n")
     with pytest.raises(UserError, match=r"no leaderboard .*git lfs pull"):
         competition_ids(LITE, "all", ["no-board"], None)
     done = run(tmp_path / "out", "--settings", "nano", "--base-url", "auto")
