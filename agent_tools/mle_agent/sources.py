@@ -39,8 +39,8 @@ def competition_ids(
     """Ids to run, all of them prepared. Raises `UserError`.
 
     Sealed competitions are refused, but with `sealed` there are no others. Of Lite, without
-    `asked`, those that are prepared; their leaderboards are read, so that nothing is run that
-    could not be graded.
+    `asked`, those that are prepared. Leaderboards are read, so that nothing is run that could not
+    be graded.
     """
     if split not in ("train", "val", "all"):
         raise UserError(f"--split {split!r}: choose train, val or all; sealed has its own command")
@@ -77,7 +77,7 @@ def competition_ids(
             )
         if sealed and not is_sealed:
             raise UserError(f"--competition {name}: is not sealed: leave out --sealed")
-        load_view(suite, name, data_dir)
+        load_competition(name, data_dir, suite=chosen).field("private")
     if not names:
         raise UserError(
             f"suite {suite} has no competitions of split {'sealed' if sealed else split}"

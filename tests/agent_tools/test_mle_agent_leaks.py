@@ -184,5 +184,8 @@ def test_sealed_competitions_run_under_their_own_flag_only(
         ids("vowel-speaker")
     with pytest.raises(UserError, match="is not sealed: leave out --sealed"):
         ids("electricity-demand", sealed=True)
+    monkeypatch.setattr("agent_tools.mle_bench.registry.read_leaderboard", lambda *_: ())
+    with pytest.raises(UserError, match=r"no private leaderboard: run .* fit"):
+        ids()
     with pytest.raises(UserError, match="sealed has its own command"):
         competition_ids("half-sealed", "sealed", None, None)
