@@ -39,6 +39,24 @@ def field_recipes(facts: TaskFacts, n: int = 100) -> list[Recipe]:
     """
     if not 1 <= n <= sum(SIZES.values()):
         raise UserError(f"a field of {n} recipes: ask for 1 to {sum(SIZES.values())}")
+    recipes: list[Recipe] = []
+    for tier, size in SIZES.items():
+        found = tier_recipes(facts, tier)
+        if len(found) < size:
+            raise UserError(
+                f"only {len(found)} {tier} recipes for a {facts.kind} task with "
+                f"{facts.numeric} numeric, {facts.categorical} categorical, {facts.text} text "
+                f"columns: add recipes"
+            )
+        recipes += found[: max(1, round(n * size / 100))]
+    return recipes[:n]
+
+
+def tier_recipes(facts: TaskFacts, tier: Tier) -> list[Recipe]:
+    """The recipes of one tier for a task like `facts`, at most as many as a field of 100 has.
+
+    All scripts differ, also from those of the other tiers. A task with few columns has fewer.
+    """
     engineered = recipes_text if facts.text else recipes_table
     sources: dict[Tier, Iterator[tuple[str, str]]] = {
         "trivial": _trivial(facts),
@@ -46,25 +64,19 @@ def field_recipes(facts: TaskFacts, n: int = 100) -> list[Recipe]:
         "tuned": _composed(facts, engineered.tuned(facts)),
         "strong": _composed(facts, engineered.strong(facts)),
     }
-    recipes: list[Recipe] = []
     seen: set[str] = set()
-    for tier, source in sources.items():
-        tier_recipes: list[Recipe] = []
-        for name, script in source:
+    for name, source in sources.items():
+        found: list[Recipe] = []
+        for recipe, script in source:
             if script in seen:
                 continue
             seen.add(script)
-            tier_recipes.append(Recipe(f"{tier}-{name}", tier, 0, script))
-            if len(tier_recipes) == SIZES[tier]:
+            found.append(Recipe(f"{name}-{recipe}", name, 0, script))
+            if len(found) == SIZES[name]:
                 break
-        if len(tier_recipes) < SIZES[tier]:
-            raise UserError(
-                f"only {len(tier_recipes)} {tier} recipes for a {facts.kind} task with "
-                f"{facts.numeric} numeric, {facts.categorical} categorical, {facts.text} text "
-                f"columns: add recipes"
-            )
-        recipes += tier_recipes[: max(1, round(n * SIZES[tier] / 100))]
-    return recipes[:n]
+        if name == tier:
+            return found
+    raise UserError(f"no tier {tier!r}: choose one of {', '.join(SIZES)}")
 
 
 def _composed(facts: TaskFacts, named: Iterator[tuple[str, Choices]]) -> Iterator[tuple[str, str]]:
