@@ -20,6 +20,7 @@ from agent_tools.mle_bench import cli_compat
 from agent_tools.mle_bench.registry import (
     COMPETITIONS,
     DEFAULT_SUITE,
+    PRACTICE,
     Competition,
     Suite,
     Which,
@@ -137,9 +138,19 @@ def prepare(
             else f"no sealed competition among those of suite {suite}: leave out --sealed"
         )
     states: dict[str, str] = {}
+
+    def done(competition_id: str, state: str) -> None:
+        states[competition_id] = state
+        print(f"{competition_id}: {state}", file=sys.stderr)
+
+    practice = [competition_id for competition_id in ids if competition_id.startswith(PRACTICE)]
+    if practice:
+        from agent_tools.mle_bench.practice.prepare import prepare as prepare_practice
+
+        prepare_practice(practice, data_dir, freeze=freeze, progress=done)
     for competition_id in ids:
-        states[competition_id] = prepare_competition(competition_id, data_dir, freeze=freeze)
-        print(f"{competition_id}: {states[competition_id]}", file=sys.stderr)
+        if competition_id not in states:
+            done(competition_id, prepare_competition(competition_id, data_dir, freeze=freeze))
     seconds = round(time.monotonic() - start, 2)
     if as_json:
         where = str(data_root(data_dir))
@@ -208,6 +219,8 @@ def fit(
     if sandbox not in POOL_KINDS:
         raise UserError(f"--sandbox {sandbox!r}: choose {', '.join(POOL_KINDS)}")
     chosen = load_suite(suite)
+    if any(name.startswith(PRACTICE) for name in competition or chosen.ids()):
+        raise UserError("practice fields: run `python -m agent_tools.mle_bench.practice fit`")
     passed = True
     with make_pool(sandbox, workers=workers) as pool:
         for competition_id in competition or chosen.ids():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ COMPETITIONS = PACKAGE / "competitions"
 SUITES = PACKAGE / "suites"
 DEFAULT_SUITE = "offline-small-v0"
 FOLDS_FILE = "folds.csv"
+PRACTICE = "practice-"  # ids of competitions that a catalogue describes, without a folder
 
 Split = Literal["train", "val", "sealed"]
 Which = Literal["private", "dev"]
@@ -195,6 +197,10 @@ def load_suite(name: str = DEFAULT_SUITE) -> Suite:
 
 def load_config(competition_id: str) -> Config:
     """A competition's configuration; `UserError` for an unknown id."""
+    if competition_id.startswith(PRACTICE):
+        from agent_tools.mle_bench.practice.loading import config_of
+
+        return config_of(competition_id)
     if competition_id not in competition_ids():
         raise UserError(
             f"no competition {competition_id!r}: choose one of {', '.join(competition_ids())}"
@@ -245,6 +251,10 @@ def load_competition(
     """
     config = load_config(competition_id)
     suite = suite or suite_of(competition_id)
+    if competition_id.startswith(PRACTICE):
+        from agent_tools.mle_bench.practice.loading import load
+
+        return load(competition_id, data_dir, suite)
     ref = ref_of(competition_id, suite)
     base = competition_dir(competition_id, data_dir)
     public, private = base / "prepared" / "public", base / "prepared" / "private"
@@ -330,6 +340,11 @@ def read_leaderboard(path: Path, lower_is_better: bool) -> tuple[float, ...]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _parsed(path: Path, modified_ns: int) -> dict[str, Any]:
     from ruamel.yaml import YAML
 
     data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
