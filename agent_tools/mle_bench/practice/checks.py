@@ -88,7 +88,7 @@ def check_sources() -> list[rules.Finding]:
             raise UserError(f"{answer['id']}: {answer['error']}")
         sketches[answer["id"]] = answer["sketches"]
     return [
-        rules.Finding(left, 9, f"shares {share} of a pair of columns with {right}")
+        rules.Finding(left, 9, f"shares {share} of three columns with {right}")
         for left, right, share in rules.near_duplicates(sketches)
         if left in used
     ]

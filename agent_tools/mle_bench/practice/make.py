@@ -14,6 +14,7 @@ import sys
 import tarfile
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -352,15 +353,16 @@ def _rare_classes(
 # ------------------------------------------------------------------ near-duplicates
 
 SKETCH = 200
-MANY_VALUES = 100
-COLUMNS = 8
+MANY_VALUES = 50
+COLUMNS = 6
 
 
 def sketches(table: pd.DataFrame) -> dict[str, list[str]]:
-    """For each pair of columns with many values, the smallest hashes of its pairs of values.
+    """For each three columns with many values, the smallest hashes of their triples of values.
 
-    Two tables with the same rows, or one a sample of the other, share hashes in some pair whatever
-    the columns are called. Running numbers are left out.
+    Two tables with the same rows, or one a sample of the other, share hashes in some triple
+    whatever the columns are called. Running numbers are left out; of a table with only two such
+    columns the pair is taken.
     """
     numbers = {}
     for name in table:
@@ -373,13 +375,14 @@ def sketches(table: pd.DataFrame) -> dict[str, list[str]]:
             numbers[str(name)] = (distinct, values.map(lambda v: f"{v:.5g}"))
     best = sorted(numbers, key=lambda name: -numbers[name][0])[:COLUMNS]
     made = {}
-    for i, left in enumerate(best):
-        for right in best[i + 1 :]:
-            # sorted inside a pair, so that the order of columns does not matter
-            cells = zip(numbers[left][1], numbers[right][1], strict=True)
-            pairs = {"|".join(sorted(pair)) for pair in cells if "nan" not in pair}
-            hashes = sorted(hashlib.sha256(p.encode()).hexdigest()[:16] for p in pairs)
-            made[f"{left}+{right}"] = hashes[:SKETCH]
+    for names in combinations(best, min(3, len(best))):
+        if len(names) < 2:
+            continue
+        # sorted inside a row, so that the order of columns does not matter
+        cells = zip(*(numbers[name][1] for name in names), strict=True)
+        rows = {"|".join(sorted(row)) for row in cells if "nan" not in row}
+        hashes = sorted(hashlib.sha256(row.encode()).hexdigest()[:16] for row in rows)
+        made["+".join(names)] = hashes[:SKETCH]
     return made
 
 

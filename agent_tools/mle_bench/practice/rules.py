@@ -16,8 +16,8 @@ By code:
 6. No column gives the answer away: predicting from it alone stays below `ONE_COLUMN`.
 7. The best of the field is clearly better than a constant (`SIGNAL`), and is not perfect.
 8. At least 20 scripts of the field have a score, with at least 10 different scores.
-9. No table repeats another or a table of another suite: no two share a fifth of the sketch of any
-   pair of columns (`near_duplicates`).
+9. No table repeats another or a table of another suite: no two share a twentieth of the sketch of
+   any three columns (`near_duplicates`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ONE_COLUMN = 0.97
 SIGNAL = 0.05  # of a constant's error; for AUC twice as much above one half
 LEAST_ENTRIES = 20
 LEAST_SCORES = 10
-SHARED = 0.2
+SHARED = 0.05
 BINS = 30
 
 Array = npt.NDArray[np.float64]
@@ -183,17 +183,28 @@ def _both(ones: Array) -> Array:
 
 
 def near_duplicates(tables: Mapping[str, Sketches]) -> list[tuple[str, str, float]]:
-    """Rule 9: pairs of tables that share more than `SHARED` of a sketch, with the share.
+    """Rule 9: pairs of tables that share more than `SHARED` of a sketch, with the largest share.
 
-    The share estimates Jaccard's index of two sets of value pairs: of the smallest hashes of their
-    union, those that both sets hold.
+    The share estimates Jaccard's index of two sets of value triples: of the smallest hashes of
+    their union, those that both sets hold.
     """
-    found = []
-    for (left, ours), (right, theirs) in combinations(tables.items(), 2):
-        most = max((similarity(a, b) for a in ours.values() for b in theirs.values()), default=0.0)
-        if most > SHARED:
-            found.append((left, right, round(most, 3)))
-    return found
+    holders: dict[str, list[tuple[str, str]]] = {}
+    for table, sketches in tables.items():
+        for columns, hashes in sketches.items():
+            for value in hashes:
+                holders.setdefault(value, []).append((table, columns))
+    pairs = {
+        (one, other)
+        for held in holders.values()
+        for one, other in combinations(held, 2)
+        if one[0] != other[0]
+    }
+    most: dict[tuple[str, str], float] = {}
+    for (left, ours), (right, theirs) in pairs:
+        share = similarity(tables[left][ours], tables[right][theirs])
+        if share > SHARED:
+            most[left, right] = max(most.get((left, right), 0.0), round(share, 3))
+    return [(left, right, share) for (left, right), share in sorted(most.items())]
 
 
 def similarity(left: Sequence[str], right: Sequence[str]) -> float:
