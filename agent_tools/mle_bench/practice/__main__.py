@@ -74,9 +74,7 @@ def fit(
 
     ids = competition or list(entries())
     with make_pool(sandbox, workers=workers) as pool:
-        fit_suite(
-            SUITE, ids, pool, data_dir, workers=workers, seconds=seconds, progress=progress
-        )
+        fit_suite(SUITE, ids, pool, data_dir, workers=workers, seconds=seconds, progress=progress)
 
 
 if __name__ == "__main__":

