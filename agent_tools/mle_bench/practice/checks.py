@@ -9,10 +9,11 @@ from typing import Any
 from agent_tools.errors import UserError
 from agent_tools.mle_bench.practice import rules
 from agent_tools.mle_bench.practice.entries import FOLDER, SUITE, Entry, entries, val_ids
-from agent_tools.mle_bench.practice.prepare import run_worker, source_file
+from agent_tools.mle_bench.practice.prepare import ARCHIVE, run_worker, source_file
 from agent_tools.mle_bench.registry import SUITES, load_competition, load_suite
 
 EXCLUDED = FOLDER / "excluded.yaml"
+LICENCES = FOLDER / "licences.yaml"
 HEADER = """\
 # About a hundred small real tables for training and, the held-out third, for the gate. They give
 # percentiles, not medals. Written by `python -m agent_tools.mle_bench.practice suite` from
@@ -46,9 +47,7 @@ def write_suite() -> Path:
 
 def excluded() -> dict[str, str]:
     """Tables that were looked at and left out: source → reason. Raises `UserError` if broken."""
-    from ruamel.yaml import YAML
-
-    data = YAML(typ="safe", pure=True).load(EXCLUDED.read_text(encoding="utf-8"))
+    data = _read_yaml(EXCLUDED)
     found: dict[str, str] = {}
     for reason, sources in data.items():
         for source in sources:
@@ -56,6 +55,16 @@ def excluded() -> dict[str, str]:
                 raise UserError(f"{EXCLUDED.name}: {source} is listed twice: keep one reason")
             found[source] = reason
     return found
+
+
+def licence_of(source: str) -> str:
+    """The licence of the package behind a source; `UserError` if ``licences.yaml`` lacks it."""
+    area, package, *_ = source.split("/")
+    package = Path(ARCHIVE).name if area == "sdist" else package
+    try:
+        return str(_read_yaml(LICENCES)[area][package])
+    except KeyError:
+        raise UserError(f"{LICENCES.name} lacks {area}/{package}: add its licence") from None
 
 
 def check_names() -> list[rules.Finding]:
@@ -97,3 +106,9 @@ def check_sources() -> list[rules.Finding]:
 def _sketch_job(name: str, source: str) -> dict[str, Any]:
     path = str(source_file(source))
     return {"id": name, "entry": {"source": source}, "source": path, "sha256": "", "sketch": True}
+
+
+def _read_yaml(path: Path) -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))

@@ -103,7 +103,9 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     missing = {"id", "source", "family", "title", "target", "kind"} - set(row)
     if missing:
         raise UserError(f"{where}: lacks {sorted(missing)[0]!r}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
+    }
     kind = cast(Kind, values["kind"])
     if kind not in METRIC_OF:
         raise UserError(f"{where}: kind {kind!r}: choose one of {', '.join(METRIC_OF)}")

@@ -24,7 +24,6 @@ from agent_tools.mle_bench.tables import (
     SEED,
     by_hash,
     one_line,
-    row_keys,
     split_by_hash,
     without_duplicates,
     write_tables,
@@ -384,6 +383,3 @@ def sketches(table: pd.DataFrame) -> dict[str, list[str]]:
         hashes = sorted(hashlib.sha256(row.encode()).hexdigest()[:16] for row in rows)
         made["+".join(names)] = hashes[:SKETCH]
     return made
-
-
-__all__ = ["features_and_target", "main", "read_table", "row_keys", "sketches", "write"]

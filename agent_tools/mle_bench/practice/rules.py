@@ -118,8 +118,8 @@ def one_column(competition: Competition, table: Table, name: str) -> float:
         sample = pd.read_csv(competition.public("private") / "sample_submission.csv", nrows=1)
         one_hot = pd.DataFrame({c: (target == c).astype(float) for c in sample.columns[1:]})
         shares = one_hot.groupby(key.to_numpy()).mean()
-        guess = shares.reindex(other.to_numpy()).fillna(one_hot.mean()).to_numpy()
-        return METRICS["accuracy"](table.answers, guess)
+        likely = shares.reindex(other.to_numpy()).fillna(one_hot.mean()).to_numpy()
+        return METRICS["accuracy"](table.answers, likely)
     means = target.groupby(key.to_numpy()).mean()
     guess = means.reindex(other.to_numpy()).fillna(target.mean()).to_numpy(dtype=np.float64)
     if competition.facts.kind == "binary":
