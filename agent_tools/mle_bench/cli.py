@@ -81,7 +81,8 @@ def list_command(
             print(f"{row['id']:20} {row['split']:6} not prepared")
             continue
         limits = row["thresholds"]
-        shown = " / ".join(f"{value:.5f}" for value in limits.values()) if limits else "not fitted"
+        fitted = f"{row['entries']} entries" if row["entries"] else "not fitted"
+        shown = " / ".join(f"{value:.5f}" for value in limits.values()) if limits else fitted
         print(
             f"{row['id']:20} {row['split']:6} {row['facts']['kind']:11} {row['metric']:8} {shown}"
         )
@@ -106,7 +107,7 @@ def _list_row(suite: Suite, competition_id: str, data_dir: Path | None) -> dict[
         "facts": asdict(competition.facts),
         "entries": len(board),
         "thresholds": asdict(medal_thresholds(board, competition.lower_is_better))
-        if board
+        if board and suite.medals
         else None,
     }
 
