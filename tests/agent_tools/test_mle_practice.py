@@ -468,7 +468,8 @@ def test_the_committed_fields_are_whole_sorted_and_of_the_committed_scripts(data
         assert scores == sorted(scores, reverse=not lower)
         assert len(scores) >= rules.LEAST_ENTRIES
         assert len({recipe for recipe, _ in field.scores}) == len(scores)
-    assert len({field.versions for field in fields.values()}) == 1
+    packages = {field.versions.partition(" ")[2] for field in fields.values()}
+    assert len(packages) == 1  # scores are the same to the last digit under another Python
     for name in SOME:
         competition = registry.load_competition(name, data)
         for which in ("private", "dev") if competition.dev_public_dir else ("private",):
