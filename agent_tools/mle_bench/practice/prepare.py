@@ -120,7 +120,7 @@ def _make(
         if answer.get("error") == "source differs":
             raise UserError(
                 f"{entry.id}: source {entry.source} differs from {HASHES.name}: install the "
-                "versions in the prepare requirements with `make setup` and `make setup-v1`"
+                "versions in the prepare requirements with `make setup` and `make setup-practice`"
             )
         if "error" in answer:
             raise InfraError(f"{entry.id}: making it failed ({answer['error']})")
@@ -177,7 +177,7 @@ def source_file(source: str) -> Path:
     if not found or not found[0].is_file():
         raise UserError(
             f"source file {name} is not in {venv}: install the prepare environment with "
-            f"`make setup` and, for {SUITE}, `make setup-v1`"
+            f"`make setup` and, for {SUITE}, `make setup-practice`"
         )
     return found[0]
 
