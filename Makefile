@@ -23,7 +23,7 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
 .PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup \
-  verify-digests verify-sandbox verify-storm medals setup-aide verify-peers clean
+  verify-digests verify-sandbox verify-storm verify-suites medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -125,6 +125,17 @@ setup-aide: .venv-aide/.stamp
 # Our agent and AIDE with one scripted model: same scripts, same selection, same scores.
 verify-peers: setup setup-aide
 	$(PY) -m tests.agent_tools.mle_peers
+
+# Every suite from its sources, sealed data too, in a folder of its own: hashes, rules, and three
+# entries of each field of offline-v1 fitted again.
+verify-suites: setup setup-v1 setup-practice
+	export SELFEVO_DATA="$$(mktemp -d)" && \
+	$(PY) -m agent_tools.mle_bench prepare --suite offline-v1 && \
+	$(PY) -m agent_tools.mle_bench prepare --suite offline-v1 --sealed && \
+	$(PY) -m agent_tools.mle_bench prepare --suite practice-v1 && \
+	$(PY) -m agent_tools.mle_bench audit --suite offline-v1 && \
+	$(PY) -m agent_tools.mle_bench.practice check --sources && \
+	$(PY) -m agent_tools.mle_bench fit --suite offline-v1 --refit && rm -rf "$$SELFEVO_DATA"
 
 verify-digests: setup
 	$(PY) -m benchmarks.agent_digests verify --count 5

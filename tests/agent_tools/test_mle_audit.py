@@ -191,3 +191,12 @@ def test_exceptions_name_a_broken_rule_with_its_number(
 def test_findings_are_plain_json(tmp_path: Path) -> None:
     findings = [vars(f) for f in audit.audit_competition(CONFIG, fitted(tmp_path))]
     assert json.loads(json.dumps(findings)) == findings
+
+
+def test_the_committed_suite_passes_its_audit() -> None:
+    findings = audit.audit(registry.load_suite("offline-v1"))
+    assert [f for f in findings if not f.ok] == []
+    assert {f.competition for f in findings} == set(registry.load_suite("offline-v1").ids())
+    assert [(f.competition, f.rule) for f in findings if f.excepted] == [
+        ("vowel-speaker-full", "rows")
+    ]
