@@ -7,14 +7,16 @@ and measurements in DIR are kept, so a killed benchmark goes on.
 
 Figures: `effect_two` and `effect_practice` are mean smallest detectable effects in percentile
 points at 2 train seeds an arm; `ratio` is the first over the second; `executions_ratio` is what the
-practice third costs in scripts; `ratio_equal` compares them at the same number of scripts. Exit
-code 1 if `ratio` is below 2 or `executions_ratio` above 4.
+practice third costs in scripts; `ratio_equal` compares them at the same number of scripts;
+`sampling_two` and `sampling_practice` are the standard deviations of a seed's score that sampling
+scripts alone explains, which no longer training can undercut. Exit code 1 if `ratio` is below 2 or `executions_ratio` above 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -77,9 +79,15 @@ def figures(
         "executions_ratio": executions["practice"] / executions["two"],
         "effect_practice_equal": equal,
         "ratio_equal": effects["two"] / equal,
+        **{f"sampling_{name}": sampling_sd(seeds) for name, seeds in scores.items()},
         "competitions": len(found["practice"][0]),
         "practice_seconds": fmean(seconds),
     }
+
+
+def sampling_sd(seeds: Sequence[SeedScore]) -> float:
+    """Standard deviation of a seed's score from sampling a finite number of scripts."""
+    return math.sqrt(fmean(score.sampling_var for score in seeds))
 
 
 def effect(seeds: Sequence[SeedScore]) -> float:
