@@ -9,7 +9,8 @@ Figures: `effect_two` and `effect_practice` are mean smallest detectable effects
 points at 2 train seeds an arm; `ratio` is the first over the second; `executions_ratio` is what the
 practice third costs in scripts; `ratio_equal` compares them at the same number of scripts;
 `sampling_two` and `sampling_practice` are the standard deviations of a seed's score that sampling
-scripts alone explains, which no longer training can undercut. Exit code 1 if `ratio` is below 2 or `executions_ratio` above 4.
+scripts alone explains, which no longer training can undercut. Exit code 1 if `ratio` is below 2 or
+`executions_ratio` above 4.
 """
 
 from __future__ import annotations
