@@ -2,7 +2,8 @@
 
 Trains every (objective, seed) at the same time, then samples the start and each final checkpoint
 on the private tests of the train competitions and on val. The last checkpoint is the one measured:
-nothing is chosen by a score. Intervals: 95 % bootstrap over competitions' samples and over seeds.
+nothing is chosen by a score. Intervals: 95 % bootstrap over competitions' samples and over seeds;
+those of `generalises` draw the competitions too.
 `--summarise samples.jsonl` computes the figures of a run again from its samples.
 """
 
@@ -81,6 +82,59 @@ def interval(
     return point, rises[int(0.025 * DRAWS)], rises[int(0.975 * DRAWS)]
 
 
+def generalises(
+    samples: Sequence[Mapping[str, Any]], split: str, figure: str, draws: int = 2_000
+) -> dict[str, list[float]]:
+    """Rise of a figure over the start, and its 95 % bootstrap interval over competitions, samples
+    and seeds, by objective; and of CISPO over expert iteration. Percentages and percentiles."""
+    scale = 1.0 if figure == "percentile" else 100.0
+    tables: dict[str, dict[str, list[float]]] = {}
+    for row in samples:
+        if row["split"] == split:
+            table = tables.setdefault(row["policy"], {})
+            table.setdefault(row["competition"], []).append(scale * float(row[figure]))
+    names = sorted(tables.get("start", {}))
+    arms = {
+        objective: [t for name, t in tables.items() if name.rpartition("-")[0] == objective]
+        for objective in OBJECTIVES
+    }
+    if not names or not all(arms.values()):
+        return {}
+    rng = random.Random(0)
+
+    def drawn(seeds: Sequence[dict[str, list[float]]], picked: Sequence[str]) -> float:
+        chosen = [rng.choice(seeds) for _ in seeds]
+        means = [_mean(rng.choices(t[k], k=len(t[k]))) for t in chosen for k in picked]
+        return _mean(means)
+
+    points = {k: _mean([mean_of(t) for t in seeds]) for k, seeds in arms.items()}
+    start = mean_of(tables["start"])
+    pairs: dict[str, list[float]] = {f"{k} - start": [] for k in OBJECTIVES}
+    between = " - ".join(OBJECTIVES)
+    pairs[between] = []
+    for _ in range(draws):
+        picked = rng.choices(names, k=len(names))
+        base = drawn([tables["start"]], picked)
+        found = {k: drawn(arms[k], picked) for k in OBJECTIVES}
+        for k in OBJECTIVES:
+            pairs[f"{k} - start"].append(found[k] - base)
+        pairs[between].append(found[OBJECTIVES[0]] - found[OBJECTIVES[1]])
+    exact = {f"{k} - start": points[k] - start for k in OBJECTIVES}
+    exact[between] = points[OBJECTIVES[0]] - points[OBJECTIVES[1]]
+    return {
+        name: [round(x, 2) for x in (exact[name], *_ends(sorted(values)))]
+        for name, values in pairs.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ends(ordered: Sequence[float]) -> tuple[float, float]:
+    return ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]
+
+
 def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean percentile of every policy, and the rise of every objective over the start.
 
@@ -102,7 +156,13 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 found = interval(tables["start", split], after)
                 rise[f"{objective} {split}"] = [round(x, 2) for x in found]
     means = {f"{policy} {of}": round(mean_of(table), 2) for (policy, of), table in tables.items()}
-    return {"mean_percentile": means, "rise": rise}
+    wide = {
+        f"{figure} {split}": risen
+        for split in ("train", "val")
+        for figure in ("percentile", "any_medal")
+        if (risen := generalises(samples, split, figure))
+    }
+    return {"mean_percentile": means, "rise": rise, "generalises": wide}
 
 
 def main() -> int:
@@ -110,6 +170,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--summarise", type=Path, help="samples.jsonl of an earlier run")
     parser.add_argument("--checkpoint", default="nano")
+    parser.add_argument("--suite", default="offline-small-v0")
+    parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the run file")
+    parser.add_argument("--eval-splits", nargs="+", default=["train", "val"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--scripts", type=int, default=72)
     parser.add_argument("--samples", type=int, default=48)
@@ -144,6 +207,7 @@ def main() -> int:
                     str(args.out / f"{objective}-{seed}"),
                     f"objective={objective}",
                     f"seed={seed}",
+                    f"suite={args.suite}",
                     f"model.checkpoint={args.checkpoint}",
                     f"budget.steps={args.steps}",
                     f"budget.scripts_per_step={args.scripts}",
@@ -153,6 +217,7 @@ def main() -> int:
                     f"sandbox.kind={args.sandbox}",
                     f"sandbox.workers={args.workers}",
                     f"device={args.device}",
+                    *args.set,
                 ],
                 args.out / "logs" / f"{objective}-{seed}.log",
             )
@@ -171,7 +236,7 @@ def main() -> int:
     subjects = {"start": args.checkpoint} | {
         name: str(latest) for name, latest in made.items() if latest.exists()
     }
-    jobs = [(name, split) for name in subjects for split in ("train", "val")]
+    jobs = [(name, split) for name in subjects for split in args.eval_splits]
     measured = run_all(
         [
             (
@@ -181,6 +246,8 @@ def main() -> int:
                     "rl.evaluate",
                     "--checkpoint",
                     subjects[name],
+                    "--suite",
+                    args.suite,
                     "--split",
                     split,
                     "--samples",
