@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image
 
 from agent_tools.mle_bench.special_files import (
     Pixels,
@@ -60,6 +59,8 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
 
 def _photos(raw: Path) -> Iterator[tuple[str, Pixels]]:
     """Name and grey pixels of each photograph, large ones reduced by a whole factor."""
+    from PIL import Image  # only the prepare environment has it
+
     for path in sorted(raw.iterdir()):
         if path.suffix == ".tgz":
             with tarfile.open(path) as archive:
