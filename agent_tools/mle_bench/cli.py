@@ -300,6 +300,21 @@ def audit(suite: SuiteOption = "offline-v1", as_json: JsonOption = False) -> Non
     raise typer.Exit(0 if all(f.ok for f in findings) else 1)
 
 
+@app.command()
+def spread(
+    out: Annotated[Path, typer.Argument(help="an .svg file")],
+    suite: SuiteOption = "offline-v1",
+) -> None:
+    """Draw every entry of a suite's fields with the medal lines."""
+    from agent_tools.mle_bench import spread as drawing
+
+    if out.suffix != ".svg":
+        raise UserError(f"{out}: give a file name that ends in .svg")
+    title = f"{suite}: the entries of each field"
+    out.write_text(drawing.svg(drawing.spreads(load_suite(suite)), title), encoding="utf-8")
+    print(f"wrote {out}", file=sys.stderr)
+
+
 def _audit_cell(finding: Finding) -> str:
     mark = "" if finding.passed else "*" if finding.excepted else "!"
     return f"{finding.value:.5g}{mark}"

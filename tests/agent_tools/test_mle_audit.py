@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from agent_tools.errors import UserError
-from agent_tools.mle_bench import audit, losses, registry
+from agent_tools.mle_bench import audit, losses, registry, spread
 from agent_tools.mle_bench.field_checks import beat_probabilities
 from agent_tools.mle_bench.metrics import METRICS, Array
 
@@ -200,3 +200,21 @@ def test_the_committed_suite_passes_its_audit() -> None:
     assert [(f.competition, f.rule) for f in findings if f.excepted] == [
         ("vowel-speaker-full", "rows")
     ]
+
+
+@pytest.mark.parametrize("name", ["offline-small-v0", "offline-v1"])
+def test_the_drawing_shows_every_entry_and_committed_ones_are_current(name: str) -> None:
+    from xml.etree import ElementTree
+
+    suite = registry.load_suite(name)
+    text = spread.svg(spread.spreads(suite), f"{name}: the entries of each field")
+    strokes = sum(e.get("d", "").count("v12") for e in ElementTree.fromstring(text).iter())
+    assert strokes == 100 * len(suite.competitions)
+    committed = Path(__file__).parents[2] / "docs" / "img" / f"spread-{name[-2:]}.svg"
+    assert committed.read_text() == text
+
+
+def test_the_drawing_needs_fitted_fields(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry.Config, "folder", property(lambda self: tmp_path))
+    with pytest.raises(UserError, match="no leaderboard"):
+        spread.spreads(registry.load_suite("offline-small-v0"))

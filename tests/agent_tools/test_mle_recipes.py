@@ -71,4 +71,5 @@ def test_better_tiers_rank_better_in_the_committed_fields(competition: str) -> N
         tiers = [row["tier"] for row in csv.DictReader(file)]
     places = {t: median(i for i, tier in enumerate(tiers) if tier == t) for t in SIZES}
     assert places["strong"] < places["tuned"] < places["default"] < places["trivial"]
-    assert tiers[:10].count("default") + tiers[:40].count("default") == 0
+    assert "default" not in tiers[:10] and "trivial" not in tiers[:40]
+    assert tiers[:40].count("default") <= 2
