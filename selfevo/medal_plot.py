@@ -60,6 +60,8 @@ def _panel(
     label: str,
 ) -> str:
     most = max((getattr(line, axis) for line in lines), default=0.0) * 1.06 or 1.0
+    unit = 60.0 if most < 2 else 1.0  # minutes for short campaigns
+    axis_name = axis_name.replace("hours", "minutes") if unit > 1 else axis_name
     top = max((line.rates[figure].high for line in lines), default=0.0)
     top = min(100.0, max(10.0, 10.0 * (top // 10 + 1)))
 
@@ -76,9 +78,10 @@ def _panel(
         parts.append(
             f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{number(top * k / 4)}</text>'
         )
+        anchor = "end" if k == 4 else "middle"
         parts.append(
-            f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-            f"{number(most * k / 4)}</text>"
+            f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">'
+            f"{number(unit * most * k / 4)}</text>"
         )
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'

@@ -156,5 +156,5 @@ def test_the_plot_is_well_formed_and_names_every_arm(campaign: Path) -> None:
     text = medal_svg(lines, incumbents(view), title="a < b & c")
     tree = ElementTree.fromstring(text)
     circles = [e for e in tree.iter() if e.tag.endswith("circle")]
-    assert len(circles) == 2 * len(lines) and "hours of jobs, no GPU" in text
+    assert len(circles) == 2 * len(lines) and "minutes of jobs, no GPU" in text
     assert "NaN" not in text and json.dumps(text)
