@@ -80,6 +80,8 @@ def _problem(
             and pr.proposal["after"] == after
             and pr.control_arm == c.view.control_arm
         )
-        if same and (pr.state in ("rejected", "reverted") or pr.number == c.view.now.pr):
+        closed = pr.state == "closed" and any(said["answer"] == "close" for said in pr.remarks)
+        answered = closed or pr.state in ("rejected", "reverted")
+        if same and (answered or pr.number == c.view.now.pr):
             return f"this edit was answered in round {pr.round} , try another"
     return None

@@ -142,3 +142,27 @@ def test_random_is_repeatable_and_only_names_keys_that_can_move() -> None:
     assert ("optim.weight_decay", "decrease") not in found
     assert {key for key, _ in found} == set(VALUES)
     assert random_decision(SPACE, VALUES, "7") == random_decision(SPACE, VALUES, "7")
+
+
+@pytest.mark.parametrize(
+    ("state", "remarks", "again"),
+    [
+        ("closed", [{"answer": "close"}], False),
+        ("closed", [], True),  # the loop itself closed it, nobody answered
+        ("rejected", [], False),
+        ("reverted", [], False),
+        ("open", [{"answer": "comment"}], True),
+    ],
+)
+def test_an_edit_that_a_person_closed_is_not_proposed_again(
+    state: str, remarks: list[dict[str, str]], again: bool
+) -> None:
+    from types import SimpleNamespace as Plain
+
+    from selfevo.nodes.propose import _problem
+
+    proposal = {"key": "optim.lr", "after": 3e-4}
+    pr = Plain(number=1, round=1, state=state, remarks=remarks, control_arm="a", proposal=proposal)
+    view = Plain(prs={1: pr}, control_arm="a", now=Plain(pr=None))
+    problem = _problem(Plain(view=view), "optim.lr", "decrease", 3e-3, 3e-4)  # type: ignore[arg-type]
+    assert (problem is None) == again
