@@ -97,6 +97,7 @@ class Storm:
             begun = events.exists() and events.stat().st_size > 0
             if not begun:
                 shutil.rmtree(lab / "runs", ignore_errors=True)
+                git(lab, "checkout", "--quiet", "main")  # a start refuses a detached head
             order = self.order(variant)
             if left > 0:
                 order |= self.blow()
