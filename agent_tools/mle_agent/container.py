@@ -24,19 +24,20 @@ from typing import Self
 
 from agent_tools.errors import InfraError
 from agent_tools.sandbox import CommandResult, Limits, SandboxError, Shell, View, open_shell
+from agent_tools.sandbox.instance import WORK
 
 WRITABLE = ("submission", "code", "logs", "agent")
 BRIDGE, PORT = "/home/bridge", 5000
-_BIN = "/sandbox/work/.bin"
+_BIN = f"{WORK}/.bin"
 _MOST_KEPT_BYTES = 8 << 20  # of one file in code or logs
 _MOST_SUBMISSION_BYTES = 64 << 20
 _RELAY = Path(__file__).with_name("relay.py.txt")
 
-_VALIDATE = """#!/bin/bash
+_VALIDATE = f"""#!/bin/bash
 # usage: /home/validate_submission.sh FILE.csv
 if [ $# -ne 1 ]; then echo "usage: $0 FILE.csv"; exit 1; fi
 if [ ! -f "$1" ]; then echo "no such file: $1"; exit 1; fi
-exec python3 /sandbox/work/.bin/relay.py validate "$1"
+exec python3 {_BIN}/relay.py validate "$1"
 """
 # Start scripts of MLE-bench's agents switch environments first; here there is only one.
 _CONDA = """#!/bin/bash
@@ -159,7 +160,7 @@ class Container:
     def _prepare(self) -> None:
         exports = " ".join(f"{key}={shlex.quote(v)}" for key, v in self._environment.items())
         lines = [
-            "cd /sandbox/work",
+            f"cd {WORK}",
             "chmod -R u+rwX . && chmod 0755 validate_submission.sh .bin/*",
             f"export {exports} PATH={_BIN}:$PATH",
         ]
@@ -190,7 +191,7 @@ def collect(container: Container, keep: tuple[str, ...] = ("submission", "code",
     kilo, big = _MOST_KEPT_BYTES >> 10, _MOST_SUBMISSION_BYTES >> 10
     drop = [name for name in (*WRITABLE, ".bin") if name not in keep]
     container.run(
-        "cd /sandbox/work && kill $(jobs -p) 2>/dev/null; "
+        f"cd {WORK} && kill $(jobs -p) 2>/dev/null; "
         f"rm -rf {' '.join(drop)} .cache instructions.txt validate_submission.sh; "
         "find . -maxdepth 1 -mindepth 1 "
         + " ".join(f"! -name {name}" for name in keep)
@@ -204,7 +205,7 @@ def collect(container: Container, keep: tuple[str, ...] = ("submission", "code",
         data = container.snapshot(256 << 20)
     except SandboxError:
         container.run(
-            "cd /sandbox/work && find . -mindepth 1 ! -path './submission*' -delete; true",
+            f"cd {WORK} && find . -mindepth 1 ! -path './submission*' -delete; true",
             wall_seconds=60.0,
         )
         try:

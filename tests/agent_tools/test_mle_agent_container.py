@@ -22,6 +22,7 @@ from agent_tools.mle_agent.leaks import CANARY
 from agent_tools.mle_bench.registry import competition_dir
 from agent_tools.paths import repo_root
 from agent_tools.sandbox import Limits
+from agent_tools.sandbox.instance import WORK
 
 LIMITS = Limits(
     cpu_seconds=30, wall_seconds=60, memory_mb=1024, file_mb=64, processes=64, disk_mb=128
@@ -157,10 +158,10 @@ def test_an_agent_that_never_ends_is_ended_and_what_it_left_is_kept(made: Made) 
         "head -c 2G /dev/zero > /home/submission/submission.csv",
         "for i in $(seq 40); do head -c 60M /dev/zero > /home/submission/part$i; done",
         'python3 -c \'open("/home/submission/submission.csv", "w").truncate(2 << 30)\'',
-        "rm -rf /home/submission; ln -s /home/data /sandbox/work/submission",
+        f"rm -rf /home/submission; ln -s /home/data {WORK}/submission",
         "rm -rf /home/submission/; mkfifo /home/submission/submission.csv",
         "ln -s /etc/passwd /home/submission/submission.csv",
-        "rmdir /sandbox/work/submission; echo x > /sandbox/work/submission",
+        f"rmdir {WORK}/submission; echo x > {WORK}/submission",
         "cd /home/code; for i in $(seq 30000); do : > $i; done",
     ],
 )
@@ -177,10 +178,10 @@ def test_an_agent_does_not_find_the_answers(made: Made) -> None:
     find / -name '*.csv' -not -path '/proc/*' 2>/dev/null | sort
     find / -name CANARY.txt 2>/dev/null
     grep -rl 'selfevo-canary' / --include='*' -s --exclude-dir=proc --exclude-dir=sys \
-      --exclude-dir=usr | grep -v /sandbox/work/agent
+      --exclude-dir=usr | grep -v WORK/agent
     cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n' | grep -i -E 'selfevo|data_dir='
     """
-    _, run = made(start)
+    _, run = made(start.replace("WORK", WORK))
     found = (run / "logs" / "agent.stdout.txt").read_text().split()
     wanted = ["sample_submission.csv", "test.csv", "train.csv"]
     tables = [line for line in found if line.startswith("/home")]
