@@ -19,7 +19,8 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
-from agent_tools.errors import InfraError, UserError
+from agent_tools.cli_main import run_app
+from agent_tools.errors import UserError
 from agent_tools.mle_bench.registry import DEFAULT_SUITE
 from agent_tools.paths import repo_root
 from agent_tools.sandbox import POOL_KINDS, PoolKind
@@ -37,19 +38,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable outpu
 
 def main() -> None:
     """Run the command; user and infrastructure errors become one line and an exit code."""
-    name = "python -m agent_tools.mle_agent"
-    try:
-        code = app(prog_name=name, standalone_mode=False)
-    except (UserError, InfraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}; see `{name} --help`", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted: the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_app(
+        app, "python -m agent_tools.mle_agent", interrupted="interrupted: the same command goes on"
+    )
 
 
 @app.command()

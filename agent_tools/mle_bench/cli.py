@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_tools.errors import InfraError, UserError
+from agent_tools.cli_main import run_app
+from agent_tools.errors import UserError
 from agent_tools.mle_bench import cli_compat
 from agent_tools.mle_bench.registry import (
     COMPETITIONS,
@@ -50,18 +51,7 @@ WhichOption = Annotated[str, typer.Option("--which", help="private or dev")]
 
 def main() -> None:
     """Run the command; user and infrastructure errors become one line and an exit code."""
-    name = "python -m agent_tools.mle_bench"
-    try:
-        code = app(prog_name=name, standalone_mode=False)
-    except (UserError, InfraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}; see `{name} --help`", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_app(app, "python -m agent_tools.mle_bench")
 
 
 @app.command("list")

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from agent_tools.errors import InfraError, UserError
+from agent_tools.cli_main import run_app
+from agent_tools.errors import UserError
 from agent_tools.mle_bench.practice import checks
 from agent_tools.mle_bench.practice.entries import SUITE, entries
 
@@ -78,12 +79,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    try:
-        code = app(prog_name="python -m agent_tools.mle_bench.practice", standalone_mode=False)
-    except (UserError, InfraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_app(app, "python -m agent_tools.mle_bench.practice")
