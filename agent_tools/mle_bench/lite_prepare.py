@@ -8,9 +8,7 @@ mlebench``).
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -29,17 +27,9 @@ from agent_tools.mle_bench.folders import (
 )
 from agent_tools.mle_bench.leaderboards import is_pointer
 from agent_tools.mle_bench.lite.catalogue import lite_competition, lite_ids
+from agent_tools.mle_bench.prepare import last_line, run_preparer
 
 PREPARE_SECONDS = 3_600.0
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from importlib import import_module
-from pathlib import Path
-module, _, name = sys.argv[2].partition(":")
-raw, public, private = map(Path, sys.argv[3:6])
-getattr(import_module(module), name)(raw=raw, public=public, private=private)
-"""
 
 DataState = Literal["missing", "downloaded", "prepared", "verified", "differs"]
 BoardState = Literal["missing", "pointer", "wrong", "verified"]
@@ -193,29 +183,17 @@ def _raw(competition: FolderCompetition, scratch: Path, *, verify: bool) -> Path
 
 
 def _run_preparer(competition: FolderCompetition, raw: Path, prepared: Path) -> None:
-    public, private = prepared / "public", prepared / "private"
-    public.mkdir(parents=True)
-    private.mkdir()
-    argv = [
-        *(sys.executable, "-I", "-B", "-c", WORKER),
-        *(str(competition.roots[0]), competition.preparer, str(raw), str(public), str(private)),
-    ]
-    try:
-        done = subprocess.run(
-            argv,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PREPARE_SECONDS,
-            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise InfraError(
-            f"{competition.id}: preparation took longer than {PREPARE_SECONDS:g} s: try again"
-        ) from None
+    done = run_preparer(
+        Path(sys.executable),
+        competition.roots[0],
+        competition.preparer,
+        raw,
+        prepared,
+        competition.id,
+        seconds=PREPARE_SECONDS,
+    )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = last_line(done.stderr)
         _, told, text = last.partition("UserError: ")
         if told:
             raise UserError(f"{competition.id}: {text}")

@@ -36,7 +36,8 @@ sys.path.insert(0, sys.argv[1])
 from importlib import import_module
 from pathlib import Path
 module, _, name = sys.argv[2].partition(":")
-getattr(import_module(module), name)(*map(Path, sys.argv[3:6]))
+raw, public, private = map(Path, sys.argv[3:6])
+getattr(import_module(module), name)(raw=raw, public=public, private=private)
 """
 
 
@@ -54,7 +55,7 @@ def prepare_competition(
     expected = None if freeze else _read_hashes(config)
     base = competition_dir(competition_id, data_dir)
     base.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(base.parent / ".prepare.lock"):
+    with prepare_lock(base.parent / ".prepare.lock"):
         if expected is not None and _hash_tree(base) == _without_raw(expected):
             _write_descriptions(config, base)
             return "unchanged"
@@ -97,33 +98,55 @@ def _make(config: Config, scratch: Path, expected: Hashes | None) -> Hashes:
 
 
 def _run_prepare(config: Config, raw: Path, prepared: Path) -> None:
+    result = run_preparer(prepare_python(), repo_root(), config.preparer, raw, prepared, config.id)
+    if result.returncode != 0:
+        raise InfraError(
+            f"{config.id}: preparation failed with exit code {result.returncode} "
+            f"({last_line(result.stderr)}): run `make setup` to repair the prepare environment"
+        )
+
+
+def run_preparer(
+    python: Path,
+    root: Path,
+    preparer: str,
+    raw: Path,
+    prepared: Path,
+    competition_id: str,
+    *,
+    seconds: float = PREPARE_SECONDS,
+) -> subprocess.CompletedProcess[str]:
+    """Call a ``prepare(raw, public, private)`` in a process of its own; what became of it.
+
+    `preparer` is an import string that `root` is put on the path for. Raises `InfraError` past
+    the time limit.
+    """
     public, private = prepared / "public", prepared / "private"
     public.mkdir(parents=True)
     private.mkdir()
     argv = [
-        *(str(prepare_python()), "-I", "-B", "-c", WORKER),
-        *(str(repo_root()), config.preparer, str(raw), str(public), str(private)),
+        *(str(python), "-I", "-B", "-c", WORKER),
+        *(str(root), preparer, str(raw), str(public), str(private)),
     ]
     try:
-        result = subprocess.run(
+        return subprocess.run(
             argv,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PREPARE_SECONDS,
+            timeout=seconds,
             env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"},
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise InfraError(
-            f"{config.id}: preparation took longer than {PREPARE_SECONDS} s: try again"
+            f"{competition_id}: preparation took longer than {seconds:g} s: try again"
         ) from None
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InfraError(
-            f"{config.id}: preparation failed with exit code {result.returncode} ({last}): "
-            "run `make setup` to repair the prepare environment"
-        )
+
+
+def last_line(text: str) -> str:
+    """The last line of a program's errors."""
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def _make_dev(config: Config, scratch: Path) -> None:
@@ -231,7 +254,8 @@ def _write_hashes(config: Config, hashes: Hashes) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def prepare_lock(path: Path) -> Iterator[None]:
+    """One preparation at a time; `InfraError` if another one does not end."""
     try:
         with FileLock(path, timeout=LOCK_SECONDS):
             yield

@@ -13,22 +13,19 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from agent_tools.errors import InfraError, UserError
 from agent_tools.mle_bench.facts import facts_of
 from agent_tools.mle_bench.practice.entries import FOLDER, SUITE, Entry, entry_of, val_ids
+from agent_tools.mle_bench.prepare import last_line, prepare_lock
 from agent_tools.paths import data_dir as default_data_dir
 from agent_tools.paths import prepare_python, repo_root
 
 HASHES = FOLDER / "hashes.csv"
 SECONDS = 600
-LOCK_SECONDS = 600
 ARCHIVE = "sdists/vaderSentiment-3.3.2.tar.gz"
 # -I keeps the caller's environment and working folder out; the repository is the only addition.
 WORKER = """
@@ -65,7 +62,7 @@ def prepare(
     base.mkdir(parents=True, exist_ok=True)
     known = {} if freeze else read_hashes()
     states: dict[str, State] = {}
-    with _lock(base / ".practice.lock"):
+    with prepare_lock(base / ".practice.lock"):
         todo: list[Entry] = []
         for competition_id in ids:
             entry, folder = entry_of(competition_id), base / competition_id
@@ -152,10 +149,9 @@ def run_worker(jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     yield from answers
     if result.returncode != 0 or len(answers) != len(jobs):
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise InfraError(
-            f"preparation ended with exit code {result.returncode} ({last}): run `make setup` to "
-            "repair the prepare environment"
+            f"preparation ended with exit code {result.returncode} ({last_line(result.stderr)}): "
+            "run `make setup` to repair the prepare environment"
         )
 
 
@@ -261,14 +257,3 @@ def _move_into_place(new: Path, place: Path) -> None:
         place.rename(old)
     new.rename(place)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    try:
-        with FileLock(path, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise InfraError(
-            f"another preparation holds {path} for over {LOCK_SECONDS} s: wait for it or stop it"
-        ) from None
