@@ -1,4 +1,4 @@
-"""Splits by whole groups, private folds, text answers and image files; used by ``prepare``.
+"""Splits by whole groups, text answers and image files; used by ``prepare``.
 
 Like `tables`, nothing here draws from a random generator, and only pandas and numpy are needed.
 Image files are written byte by byte (PNG without compression), so that their hash depends on no
@@ -8,17 +8,17 @@ library's version.
 from __future__ import annotations
 
 import csv
-import hashlib
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from agent_tools.mle_bench.splits import rank_of
 from agent_tools.mle_bench.tables import SEED, by_hash
 
 Pixels = npt.NDArray[np.uint8]  # (height, width), grey
@@ -30,11 +30,6 @@ NOT_A_VALUE = frozenset(
     )
 )
 """Texts that pandas reads as a missing value; rows that hold one are left out."""
-
-
-def rank_of(text: str, salt: str) -> str:
-    """SHA-256 (hex) by which groups are put in order."""
-    return hashlib.sha256(f"{salt}\x1f{text}".encode()).hexdigest()
 
 
 def choose_groups(groups: Iterable[str], rows: int, salt: str) -> set[str]:
@@ -51,30 +46,6 @@ def choose_groups(groups: Iterable[str], rows: int, salt: str) -> set[str]:
             chosen.add(name)
             total += sizes[name]
     return chosen
-
-
-def three_folds(groups: Sequence[str]) -> list[int]:
-    """A fold 0, 1 or 2 for each row; a group lies in one fold, and the folds are near-equal.
-
-    The largest group comes first and goes to the smallest fold.
-    """
-    sizes = Counter(groups)
-    filled = [0, 0, 0]
-    fold_of: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], rank_of(name, "folds"))):
-        fold = filled.index(min(filled))
-        fold_of[name] = fold
-        filled[fold] += sizes[name]
-    return [fold_of[name] for name in groups]
-
-
-def write_folds(private: Path, folds: Sequence[int]) -> None:
-    """``folds.csv`` (id, fold) for the answers in ``private/test.csv``, in their order."""
-    ids = pd.read_csv(private / "test.csv", usecols=["id"])["id"]
-    if len(ids) != len(folds):
-        raise ValueError(f"{len(folds)} folds for {len(ids)} answers")
-    table = pd.DataFrame({"id": ids, "fold": list(folds)})
-    table.to_csv(private / "folds.csv", index=False, lineterminator="\n")
 
 
 def in_order(table: pd.DataFrame, salt: str) -> pd.DataFrame:

@@ -7,7 +7,8 @@ runs in the prepare environment.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -54,31 +55,39 @@ def numbered(groups: pd.Series, *, salt: str) -> pd.Series:
     return groups.map({key: number for number, key in enumerate(order)})
 
 
-def write_folds(
-    private: Path, n_train: int, n_test: int, *, salt: str, groups: pd.Series | None = None
-) -> None:
-    """Write ``folds.csv`` (id, fold) for the test rows, numbered as by `tables.write_tables`.
+def even_folds(groups: Iterable[Hashable], salt: str) -> list[int]:
+    """A fold 0, 1 or 2 for each row; a group lies in one fold, and the folds are near-equal.
 
-    Rows without groups take turns, as their order is a hash already. Otherwise each group goes
-    whole into the smallest fold so far, the largest groups first, so that folds are near-equal.
+    The largest group comes first and goes to the smallest fold so far.
     """
-    if groups is None:
-        folds = [row % FOLDS for row in range(n_test)]
-    else:
-        sizes = dict(groups.value_counts(sort=False).items())
-        order = _hashed(sizes, f"{salt}/folds/{SEED}")
-        order.sort(key=lambda key: -sizes[key])
-        rows = [0] * FOLDS
-        place: dict[Hashable, int] = {}
-        for key in order:
-            place[key] = rows.index(min(rows))
-            rows[place[key]] += sizes[key]
-        folds = [place[key] for key in groups]
-    ids = range(n_train, n_train + n_test)
-    table = pd.DataFrame({"id": ids, "fold": folds})
+    rows = list(groups)
+    sizes = Counter(rows)
+    filled = [0] * FOLDS
+    fold_of: dict[Hashable, int] = {}
+    for key in sorted(sizes, key=lambda key: (-sizes[key], rank_of(key, salt))):
+        fold_of[key] = filled.index(min(filled))
+        filled[fold_of[key]] += sizes[key]
+    return [fold_of[key] for key in rows]
+
+
+def take_turns(rows: int) -> list[int]:
+    """Folds of rows without groups, whose order is a hash already."""
+    return [row % FOLDS for row in range(rows)]
+
+
+def write_folds(private: Path, folds: Sequence[int]) -> None:
+    """``folds.csv`` (id, fold) for the answers in ``private/test.csv``, in their order."""
+    ids = pd.read_csv(private / "test.csv", usecols=["id"])["id"]
+    if len(ids) != len(folds):
+        raise ValueError(f"{len(folds)} folds for {len(ids)} answers")
+    table = pd.DataFrame({"id": ids, "fold": list(folds)})
     table.to_csv(private / FOLDS_FILE, index=False, lineterminator="\n")
 
 
+def rank_of(key: Hashable, salt: str) -> str:
+    """SHA-256 (hex) by which groups are put in order."""
+    return hashlib.sha256(f"{salt}\x1f{key}".encode()).hexdigest()
+
+
 def _hashed(keys: Iterable[Hashable], salt: str) -> list[Hashable]:
-    digests = {key: hashlib.sha256(f"{salt}\x1f{key}".encode()).hexdigest() for key in keys}
-    return sorted(digests, key=lambda key: digests[key])
+    return sorted(keys, key=lambda key: rank_of(key, salt))

@@ -26,10 +26,9 @@ from agent_tools.mle_bench.registry import COMPETITIONS, load_config
 from agent_tools.mle_bench.special_files import (
     choose_groups,
     png,
-    three_folds,
-    write_folds,
     write_text_answers,
 )
+from agent_tools.mle_bench.splits import even_folds, write_folds
 from agent_tools.mle_bench.v1.fill import fill
 from agent_tools.mle_bench.v1.special import SPECIAL_RECIPES
 from agent_tools.sandbox import Limits, ScriptJob, make_pool
@@ -130,11 +129,11 @@ def test_groups_are_chosen_whole_and_by_name_only() -> None:
 
 def test_folds_hold_whole_groups_and_are_near_equal() -> None:
     names = [f"g{k}" for k in range(30) for _ in range(k + 1)]
-    folds = three_folds(names)
+    folds = even_folds(names, "folds")
     assert len({(n, f) for n, f in zip(names, folds, strict=True)}) == 30
     sizes = Counter(folds)
     assert max(sizes.values()) - min(sizes.values()) <= 2
-    assert three_folds(["only"]) == [0]
+    assert even_folds(["only"], "folds") == [0]
 
 
 def test_texts_that_read_as_missing_and_folds_of_another_length_are_refused(

@@ -22,7 +22,14 @@ from agent_tools.mle_bench.facts import TaskFacts, facts_of
 from agent_tools.mle_bench.metrics import grade_with
 from agent_tools.mle_bench.recipes import SIZES
 from agent_tools.mle_bench.registry import COMPETITIONS, load_config
-from agent_tools.mle_bench.splits import numbered, split_groups, split_off, write_folds
+from agent_tools.mle_bench.splits import (
+    even_folds,
+    numbered,
+    split_groups,
+    split_off,
+    take_turns,
+    write_folds,
+)
 from agent_tools.mle_bench.v1 import RECIPES
 from agent_tools.mle_bench.v1.build import Plan, View, recipes_of, script
 from agent_tools.sandbox import Limits, ScriptJob, make_pool
@@ -318,12 +325,14 @@ def test_a_split_by_groups_depends_on_content_only() -> None:
 
 
 def test_folds_are_near_equal_and_names_of_groups_tell_nothing(tmp_path: Path) -> None:
-    write_folds(tmp_path, 100, 1_000, salt="s")
+    answers = pd.DataFrame({"id": range(100, 1_100), "target": 0})
+    answers.to_csv(tmp_path / "test.csv", index=False)
+    write_folds(tmp_path, take_turns(1_000))
     table = pd.read_csv(tmp_path / "folds.csv")
     assert list(table["id"]) == list(range(100, 1_100))
     assert sorted(table["fold"].value_counts()) == [333, 333, 334]
     groups = pd.Series([k % 40 for k in range(1_000)])
-    write_folds(tmp_path, 0, 1_000, salt="s", groups=groups)
+    write_folds(tmp_path, even_folds(groups, "s"))
     table = pd.read_csv(tmp_path / "folds.csv")
     assert table.groupby(groups)["fold"].nunique().max() == 1
     assert table["fold"].value_counts().max() - table["fold"].value_counts().min() <= 25

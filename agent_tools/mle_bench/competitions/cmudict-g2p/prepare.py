@@ -10,10 +10,9 @@ from agent_tools.mle_bench.special_files import (
     NOT_A_VALUE,
     choose_groups,
     in_order,
-    three_folds,
-    write_folds,
     write_text_answers,
 )
+from agent_tools.mle_bench.splits import even_folds, write_folds
 
 ID = "cmudict-g2p"
 TEST = 6_000
@@ -39,4 +38,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     held_out = family.isin(choose_groups(family, TEST, ID)).to_numpy()
     train, test = in_order(table[~held_out], ID), in_order(table[held_out], ID)
     write_text_answers(train, test, public, private, fill="AH")
-    write_folds(private, three_folds(list(test["word"].str[:PREFIX])))
+    write_folds(private, even_folds(list(test["word"].str[:PREFIX]), "folds"))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import split_groups, write_folds
-from agent_tools.mle_bench.tables import write_tables
+from agent_tools.mle_bench.splits import even_folds, split_groups, write_folds
+from agent_tools.mle_bench.tables import SEED, write_tables
 
 ID = "crash-survival"
 TEST_SHARE = 0.3
@@ -43,4 +43,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     train, test = split_groups(table, "crash", round(TEST_SHARE * len(table)), salt=ID)
     crashes = test.pop("crash")
     write_tables(train.drop(columns="crash"), test, public, private, fill=0.05)
-    write_folds(private, len(train), len(test), salt=ID, groups=crashes)
+    write_folds(private, even_folds(crashes, f"{ID}/folds/{SEED}"))

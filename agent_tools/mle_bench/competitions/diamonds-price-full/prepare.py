@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import split_off, write_folds
+from agent_tools.mle_bench.splits import split_off, take_turns, write_folds
 from agent_tools.mle_bench.tables import without_duplicates, write_tables
 
 ID = "diamonds-price-full"
@@ -34,4 +34,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     )
     train, test = split_off(table, TEST_ROWS, salt=ID)
     write_tables(train, test, public, private, fill=2_400.0)
-    write_folds(private, len(train), len(test), salt=ID)
+    write_folds(private, take_turns(len(test)))

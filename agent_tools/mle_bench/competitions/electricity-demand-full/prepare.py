@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import write_folds
+from agent_tools.mle_bench.splits import even_folds, write_folds
 from agent_tools.mle_bench.tables import SEED, by_hash, write_tables
 
 ID = "electricity-demand-full"
@@ -34,4 +34,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     train = by_hash(table.iloc[:cut], f"{ID}/order/{SEED}")
     test = by_hash(table.iloc[cut:], f"{ID}/order/{SEED}")
     write_tables(train, test, public, private, fill=4.5)
-    write_folds(private, len(train), len(test), salt=ID, groups=test["day_of_year"])
+    write_folds(private, even_folds(test["day_of_year"], f"{ID}/folds/{SEED}"))

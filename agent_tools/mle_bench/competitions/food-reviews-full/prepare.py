@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import split_off, write_folds
+from agent_tools.mle_bench.splits import split_off, take_turns, write_folds
 from agent_tools.mle_bench.tables import one_line, without_duplicates, write_tables
 
 ID = "food-reviews-full"
@@ -30,4 +30,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     table = without_duplicates(table, keys=[letters.str[:SAME_START]])
     train, test = split_off(table, TEST_ROWS, salt=ID, stratify=True)
     write_tables(train, test, public, private, fill=0.5)
-    write_folds(private, len(train), len(test), salt=ID)
+    write_folds(private, take_turns(len(test)))

@@ -13,9 +13,8 @@ from agent_tools.mle_bench.special_files import (
     NOT_A_VALUE,
     choose_groups,
     in_order,
-    three_folds,
-    write_folds,
 )
+from agent_tools.mle_bench.splits import even_folds, write_folds
 from agent_tools.mle_bench.tables import one_line, write_tables
 
 ID = "locale-language-id"
@@ -62,7 +61,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
         classes=CLASSES,
         fill=1 / len(CLASSES),
     )
-    write_folds(private, three_folds(list(test["source"])))
+    write_folds(private, even_folds(list(test["source"]), "folds"))
 
 
 def _catalogues(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from agent_tools.mle_bench.special_files import png, write_files, write_folds
+from agent_tools.mle_bench.special_files import png, write_files
+from agent_tools.mle_bench.splits import take_turns, write_folds
 from agent_tools.mle_bench.tables import split_by_hash, without_duplicates, write_tables
 
 ID = "mnist5k"
@@ -40,4 +41,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
         fill=1 / len(CLASSES),
     )
     write_files(public / "images", images)
-    write_folds(private, [row % 3 for row in range(len(test))])
+    write_folds(private, take_turns(len(test)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import write_folds
+from agent_tools.mle_bench.splits import even_folds, write_folds
 from agent_tools.mle_bench.tables import SEED, by_hash, write_tables
 
 ID = "nyc-flight-airtime"
@@ -42,7 +42,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     test = by_hash(test, f"{ID}/order/{SEED}")
     write_tables(train, test, public, private, fill=150.0)
     days = test["month"] * 100 + test["day"]
-    write_folds(private, len(train), len(test), salt=ID, groups=days)
+    write_folds(private, even_folds(days, f"{ID}/folds/{SEED}"))
 
 
 def _member(archive: tarfile.TarFile, name: str) -> io.BytesIO:

@@ -15,11 +15,9 @@ from agent_tools.mle_bench.special_files import (
     Pixels,
     in_order,
     png,
-    rank_of,
-    three_folds,
     write_files,
-    write_folds,
 )
+from agent_tools.mle_bench.splits import even_folds, rank_of, write_folds
 from agent_tools.mle_bench.tables import write_tables
 
 ID = "photo-denoise"
@@ -54,7 +52,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     write_tables(train, test, public, private, fill=128.0)
     write_files(public / "train_images", clean_images | dirty_images)
     write_files(public / "test_images", test_images)
-    write_folds(private, three_folds(photo_of_row))
+    write_folds(private, even_folds(photo_of_row, "folds"))
 
 
 def _photos(raw: Path) -> Iterator[tuple[str, Pixels]]:

@@ -11,11 +11,9 @@ import pandas as pd
 from agent_tools.mle_bench.special_files import (
     NOT_A_VALUE,
     in_order,
-    rank_of,
-    three_folds,
-    write_folds,
     write_text_answers,
 )
+from agent_tools.mle_bench.splits import even_folds, rank_of, write_folds
 
 ID = "russian-lemma"
 MAGIC = b"SMFC1"
@@ -48,7 +46,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     assert not set(train["target"]) & set(test["target"]) and not NOT_A_VALUE & set(test["form"])
     train, test = in_order(train, ID), in_order(test, ID)
     write_text_answers(train, test, public, private, fill="и")
-    write_folds(private, three_folds(list(test["target"])))
+    write_folds(private, even_folds(list(test["target"]), "folds"))
 
 
 def _pairs(data: bytes) -> Iterator[tuple[str, str]]:

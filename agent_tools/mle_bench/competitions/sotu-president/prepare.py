@@ -13,9 +13,8 @@ import pandas as pd
 from agent_tools.mle_bench.special_files import (
     choose_groups,
     in_order,
-    three_folds,
-    write_folds,
 )
+from agent_tools.mle_bench.splits import even_folds, write_folds
 from agent_tools.mle_bench.tables import one_line, write_tables
 
 ID = "sotu-president"
@@ -58,7 +57,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
         classes=CLASSES,
         fill=1 / len(CLASSES),
     )
-    write_folds(private, three_folds(list(test["address"])))
+    write_folds(private, even_folds(list(test["address"]), "folds"))
 
 
 def _addresses(archive: tarfile.TarFile) -> Iterator[list[tuple[str, str, str]]]:

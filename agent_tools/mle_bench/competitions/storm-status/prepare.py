@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import numbered, split_groups, write_folds
-from agent_tools.mle_bench.tables import without_duplicates, write_tables
+from agent_tools.mle_bench.splits import even_folds, numbered, split_groups, write_folds
+from agent_tools.mle_bench.tables import SEED, without_duplicates, write_tables
 
 ID = "storm-status"
 TEST_ROWS = 4_880
@@ -34,4 +34,4 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     classes = sorted(table["target"].unique())
     train, test = split_groups(table, "storm", TEST_ROWS, salt=ID)
     write_tables(train, test, public, private, classes=classes, fill=1 / len(classes))
-    write_folds(private, len(train), len(test), salt=ID, groups=test["storm"])
+    write_folds(private, even_folds(test["storm"], f"{ID}/folds/{SEED}"))

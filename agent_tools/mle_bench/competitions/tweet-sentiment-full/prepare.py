@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from agent_tools.mle_bench.splits import split_off, write_folds
+from agent_tools.mle_bench.splits import split_off, take_turns, write_folds
 from agent_tools.mle_bench.tables import one_line, without_duplicates, write_tables
 
 ID = "tweet-sentiment-full"
@@ -34,7 +34,7 @@ def prepare(raw: Path, public: Path, private: Path) -> None:
     table = without_duplicates(table, keys=[letters.where(letters != "", table["text"])])
     train, test = split_off(table, TEST_ROWS, salt=ID)
     write_tables(train, test, public, private, fill=0.0)
-    write_folds(private, len(train), len(test), salt=ID)
+    write_folds(private, take_turns(len(test)))
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
