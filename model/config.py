@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from model.errors import CheckpointError, ModelError
 
 MODEL_TYPE = "minimax_m2"
+VARIANT_TYPE = "selfevo_moe"
+"""`model_type` of a model with parts that the released class lacks: other programs refuse it
+instead of computing something else."""
 CONFIG_NAME = "config.json"
+FULL, WINDOW = 1, 2
+"""Kinds of layers in `attn_type_list`: full attention (as released), sliding window."""
 
 # Values that change the forward pass and that this implementation has only one way to do.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": (MODEL_TYPE,),
+    "model_type": (MODEL_TYPE, VARIANT_TYPE),
     "hidden_act": ("silu",),
     "use_qk_norm": (True,),
     "qk_norm_type": ("per_layer",),
     "tie_word_embeddings": (False,),
     "attention_bias": (False,),
-    "shared_intermediate_size": (0, None),
 }
+
+_MAY_BE_ZERO = ("shared_intermediate_size", "num_sink_tokens")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of one model; `intermediate_size` is the width of one expert.
+
+    The defaults of the last group are the released model's. `attn_type_list` has `FULL` or `WINDOW`
+    for each layer (empty: all full). A window layer's token sees the `sliding_window` positions
+    that end in its own, and the first `num_sink_tokens` of its text. `shared_intermediate_size` is
+    the width of the expert that every token visits (DeepSeekMoE's shared experts, stacked; 0:
+    none). `scoring_func` is the router's: sigmoid, or softmax over all experts. `norm_topk_prob`
+    makes the weights of the chosen experts sum to one.
 
     Raises ModelError where two values contradict each other.
     """
@@ -48,15 +61,22 @@ class ModelConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     use_routing_bias: bool = True
-    scoring_func: str = "sigmoid"
     initializer_range: float = 0.02
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    shared_intermediate_size: int = 0
+    attn_type_list: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    num_sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if field.type == "int" and not (whole and value >= least):
                 raise ModelError(
-                    f"config: {field.name} is {value!r}; it must be a whole number ≥ 1"
+                    f"config: {field.name} is {value!r}; it must be a whole number ≥ {least}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
@@ -72,8 +92,48 @@ class ModelConfig:
                 f"config: num_experts_per_tok {self.num_experts_per_tok} is more than "
                 f"num_local_experts {self.num_local_experts}"
             )
-        if self.scoring_func != "sigmoid":
-            raise ModelError(f"config: scoring_func {self.scoring_func!r}; only 'sigmoid' is known")
+        if self.scoring_func not in ("sigmoid", "softmax"):
+            raise ModelError(
+                f"config: scoring_func {self.scoring_func!r}; 'sigmoid' and 'softmax' are known"
+            )
+        self._check_attention_kinds()
+
+    def _check_attention_kinds(self) -> None:
+        kinds = self.attn_type_list
+        if kinds and len(kinds) != self.num_hidden_layers:
+            raise ModelError(
+                f"config: attn_type_list has {len(kinds)} entries for {self.num_hidden_layers} "
+                "layers; give one a layer"
+            )
+        if any(kind not in (FULL, WINDOW) for kind in kinds):
+            raise ModelError(
+                f"config: attn_type_list is {list(kinds)!r}; {FULL} (full) and {WINDOW} (window) "
+                "are known, linear attention is not"
+            )
+        size = self.sliding_window
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ModelError(f"config: sliding_window is {size!r}; it must be a whole number ≥ 1")
+        if WINDOW in kinds and size is None:
+            raise ModelError("config: attn_type_list has window layers; set sliding_window")
+        if WINDOW not in kinds and (size is not None or self.num_sink_tokens):
+            raise ModelError(
+                "config: sliding_window or num_sink_tokens is set, but attn_type_list has no "
+                f"window layer ({WINDOW}); remove them or add one"
+            )
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a token of this layer sees, its own included; None for all."""
+        return self.sliding_window if self.attn_type_list[layer : layer + 1] == (WINDOW,) else None
+
+    @property
+    def is_released_kind(self) -> bool:
+        """True where the released class (transformers, vLLM) computes the same model."""
+        return (
+            self.scoring_func == "sigmoid"
+            and self.norm_topk_prob
+            and not self.shared_intermediate_size
+            and WINDOW not in self.attn_type_list
+        )
 
     @property
     def query_size(self) -> int:
@@ -91,9 +151,10 @@ class ModelConfig:
         Rotary size is written twice: vLLM needs `rotary_dim`, and transformers before 5.19 ignores
         it without a word and reads `rope_parameters.partial_rotary_factor`.
         """
+        released = self.is_released_kind
         out: dict[str, Any] = {
-            "architectures": ["MiniMaxM2ForCausalLM"],
-            "model_type": MODEL_TYPE,
+            "architectures": ["MiniMaxM2ForCausalLM" if released else "SelfevoForCausalLM"],
+            "model_type": MODEL_TYPE if released else VARIANT_TYPE,
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "rope_parameters": {
                 "rope_type": "default",
@@ -103,8 +164,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "use_qk_norm": True,
             "qk_norm_type": "per_layer",
-            "attn_type_list": [1] * self.num_hidden_layers,
-            "shared_intermediate_size": 0,
+            "attn_type_list": list(self.attn_type_list) or [FULL] * self.num_hidden_layers,
             "tie_word_embeddings": False,
             "use_mtp": False,
             "num_mtp_modules": 0,
@@ -112,6 +172,8 @@ class ModelConfig:
             "router_jitter_noise": 0.0,
             "output_router_logits": False,
         }
+        if WINDOW not in self.attn_type_list:
+            del out["sliding_window"], out["num_sink_tokens"]
         return out
 
     @classmethod
@@ -127,8 +189,6 @@ class ModelConfig:
                 )
         if values.get("quantization_config"):
             raise ModelError(f"{where}: quantised weights; convert the checkpoint to bf16 first")
-        if any(kind != 1 for kind in values.get("attn_type_list") or ()):
-            raise ModelError(f"{where}: attn_type_list asks for linear attention; only 1 is known")
         known = {field.name for field in fields(cls)}
         picked = {name: value for name, value in values.items() if name in known}
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -142,7 +202,12 @@ class ModelConfig:
             picked["rotary_dim"] = round(values["head_dim"] * rope.get("partial_rotary_factor", 1))
         if isinstance(picked.get("eos_token_id"), list):
             picked["eos_token_id"] = picked["eos_token_id"][0]
-        required = {f.name for f in fields(cls) if f.type == "int"}
+        picked["shared_intermediate_size"] = picked.get("shared_intermediate_size") or 0
+        kinds = tuple(picked.get("attn_type_list") or ())
+        picked["attn_type_list"] = () if set(kinds) <= {FULL} else kinds
+        if WINDOW not in kinds and values.get("model_type") != VARIANT_TYPE:
+            picked.pop("sliding_window", None)  # of other programs, which ignore it too
+        required = {f.name for f in fields(cls) if f.type == "int" and f.default is MISSING}
         if missing := sorted(required - picked.keys()):
             raise ModelError(f"{where}: missing {', '.join(missing)}")
         try:
@@ -186,6 +251,32 @@ PRESETS: dict[str, ModelConfig] = {
         num_experts_per_tok=2,
         max_position_embeddings=4096,
         rope_theta=10_000.0,
+    ),
+    "small": ModelConfig(  # 0.30 B
+        vocab_size=32_768,
+        hidden_size=1024,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        rotary_dim=64,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=32_768,
+    ),
+    "base": ModelConfig(  # 1.06 B
+        vocab_size=32_768,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=32_768,
     ),
     "m2": ModelConfig(
         vocab_size=200_064,

@@ -50,6 +50,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
         super().__init__()
+        if not config.is_released_kind:
+            raise ModelError("config: only the released architecture can be run yet")
         self.config = config
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

@@ -61,12 +61,17 @@ def test_rotary_size_and_theta_are_found_in_rope_parameters():
     ("field", "value", "said"),
     [
         ("hidden_act", "gelu", "hidden_act"),
-        ("scoring_func", "softmax", "scoring_func"),
+        ("scoring_func", "tanh", "scoring_func"),
+        ("attn_type_list", [1, 2, 1], "3 entries for 6 layers"),
+        ("attn_type_list", [2] * 6, "set sliding_window"),
+        ("num_sink_tokens", 4, "no window layer"),
+        ("num_sink_tokens", -1, "num_sink_tokens"),
+        ("shared_intermediate_size", -8, "shared_intermediate_size"),
         ("use_qk_norm", False, "use_qk_norm"),
         ("tie_word_embeddings", True, "tie_word_embeddings"),
         ("model_type", "llama", "model_type"),
         ("quantization_config", {"quant_method": "fp8"}, "quantised"),
-        ("attn_type_list", [1, 0], "attn_type_list"),
+        ("attn_type_list", [1, 0, 1, 1, 1, 1], "linear attention"),
         ("hidden_size", "256", "hidden_size"),
         ("rotary_dim", 17, "rotary_dim"),
         ("num_key_value_heads", 3, "num_key_value_heads"),
@@ -77,6 +82,31 @@ def test_rotary_size_and_theta_are_found_in_rope_parameters():
 def test_what_this_code_cannot_do_is_refused_by_name(field, value, said):
     with pytest.raises(ModelError, match=said):
         ModelConfig.from_dict(PRESETS["nano"].to_dict() | {field: value})
+
+
+WINDOWS = {"attn_type_list": (2, 2, 1, 2, 2, 1), "sliding_window": 64, "num_sink_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        WINDOWS,
+        {"scoring_func": "softmax", "norm_topk_prob": False},
+        {"shared_intermediate_size": 96},
+        WINDOWS | {"shared_intermediate_size": 96},
+    ],
+)
+def test_what_the_released_class_lacks_is_written_under_another_type(tmp_path, changes):
+    config = replace(PRESETS["nano"], **changes)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "selfevo_moe"
+    assert load_config(tmp_path) == config
+
+
+def test_windows_of_layers():
+    config = replace(PRESETS["nano"], **WINDOWS)
+    assert [config.window_of(i) for i in range(6)] == [64, 64, None, 64, 64, None]
+    assert PRESETS["nano"].window_of(0) is None
 
 
 def test_a_missing_size_is_named():
