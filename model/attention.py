@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import attention_kernels
 from model.config import ModelConfig
 
 
@@ -55,12 +56,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.key_value_size, config.rms_norm_eps)
 
     def forward(self, x_MH: Tensor, cos_M1r: Tensor, sin_M1r: Tensor, attend: Attend) -> Tensor:
-        q, k, v = torch.split(F.linear(x_MH, self.qkv_proj), self.sizes, dim=-1)
-        q_MND = self.q_norm(q).view(-1, self.heads, self.head_dim)
-        k_MKD = self.k_norm(k).view(-1, self.kv_heads, self.head_dim)
+        qkv_MA = F.linear(x_MH, self.qkv_proj)
+        if attention_kernels.suits(qkv_MA):
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            angles = (cos_M1r.squeeze(1), sin_M1r.squeeze(1))
+            q, k, v = attention_kernels.norm_rotate(
+                qkv_MA, *weights, *angles, self.head_dim, self.q_norm.eps
+            )
+        else:
+            q, k, v = torch.split(qkv_MA, self.sizes, dim=-1)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_MND = q.view(-1, self.heads, self.head_dim)
+        k_MKD = k.view(-1, self.kv_heads, self.head_dim)
         v_MKD = v.view(-1, self.kv_heads, self.head_dim)
-        q_MND = rotate(q_MND, cos_M1r, sin_M1r)
-        k_MKD = rotate(k_MKD, cos_M1r, sin_M1r)
+        if not attention_kernels.suits(qkv_MA):
+            q_MND = rotate(q_MND, cos_M1r, sin_M1r)
+            k_MKD = rotate(k_MKD, cos_M1r, sin_M1r)
         return F.linear(attend(self.layer, q_MND, k_MKD, v_MKD), self.o_proj)
 
 

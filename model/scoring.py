@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model import loss_kernels
 from model.errors import ModelError
 from model.shared_prefix import lay_out
 from model.transformer import Transformer
@@ -90,6 +91,9 @@ def _score(
         return logp_nV.gather(1, target[:, None])[:, 0], entropy_n
 
     size = max(1, PIECE_NUMBERS // model.config.vocab_size)
+    if loss_kernels.suits(x_nH, model.lm_head):
+        scale_n = scale_n1[:, 0].expand(len(x_nH))
+        return loss_kernels.head_scores(x_nH, model.lm_head, target_n, scale_n, size)
     if len(x_nH) <= size:
         return piece(x_nH, target_n, scale_n1)
     values = (x_nH, target_n, scale_n1.expand(len(x_nH), 1))

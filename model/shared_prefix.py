@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import Attend, PackedAttend, pick, place, rows_first, scaled_attention
+from model.attention import (
+    Attend,
+    CausalAttend,
+    PackedAttend,
+    pick,
+    place,
+    rows_first,
+    scaled_attention,
+)
 
 # Sharing needs a mask in the attention, so it must save at least this share of the tokens.
 WORTHWHILE = 0.125
@@ -102,7 +110,12 @@ def lay_out(ids_BT: Tensor, lengths_B: Tensor) -> Layout:
     groups = find_groups(ids_BT, read_B.clamp_min(0).tolist())
     if groups.saved < WORTHWHILE * int(read_BT.sum()):
         row_M, column_M = read_BT.nonzero(as_tuple=True)
-        attend = PackedAttend(batch, time, row_M * time + column_M)
+        longest = int(read_B.max())
+        attend: Attend
+        if len(row_M) == batch * longest:  # even rows stand as they are
+            attend = CausalAttend(batch, longest)
+        else:
+            attend = PackedAttend(batch, longest, row_M * longest + column_M)
         return Layout(row_M, column_M, attend, _count(read_BT))
 
     group_B = torch.tensor(groups.group_B, device=device)

@@ -1,7 +1,7 @@
 """One optimiser over the policy: CISPO updates and imitation updates, and their durable state.
 
-Shape legend: B rows, T tokens (right-padded). Everything is float32; the router's selection bias is
-not trained.
+Shape legend: B rows, T tokens (right-padded). The optimiser works in float32, whatever the model's
+weights are (`rl.masters`); the router's selection bias is not trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint import save_checkpoint
 from model.scoring import TokenScores, score_tokens
@@ -24,6 +24,7 @@ from model.transformer import Transformer
 from rl.cispo import CispoTerms, cispo_terms
 from rl.config import OptimSection
 from rl.errors import CheckpointStateError, DivergedError
+from rl.masters import MasterAdamW
 
 MAX_NONFINITE_SHARE = 0.10
 MAX_WEIGHT = 1e6
@@ -78,19 +79,7 @@ class Trainer:
         self.optim = optim
         self.version = 0
         self._names = [name for name, _ in model.named_parameters()]
-        parameters = dict(model.named_parameters())
-        matrices = [p for p in parameters.values() if p.dim() >= 2]
-        vectors = [p for p in parameters.values() if p.dim() < 2]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": optim.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            foreach=True,
-        )
+        self._optimizer = MasterAdamW(list(model.parameters()), optim)
 
     # -------------------------------------------------------------- updates
 
@@ -176,17 +165,15 @@ class Trainer:
         return sum(losses) / len(losses), sum(norms) / len(norms)
 
     def _step(self, loss: float, lr: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip))
+        norm = float(self._optimizer.clip())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.forget()
             raise DivergedError(
                 f"loss {loss}, gradient norm {norm} at policy version {self.version}; "
                 "lower optim.lr"
             )
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(lr)
+        self._optimizer.forget()
         return norm
 
     @torch.no_grad()
@@ -264,8 +251,9 @@ class Trainer:
         if with_state:
             save_file(self._tensors(), trainer / STATE_FILE)
             _fsync_file(trainer / STATE_FILE)
-        steps = [float(state["step"]) for state in self._optimizer.state.values()]
-        text = json.dumps(info | {"version": self.version, "optimizer_step": max(steps, default=0)})
+        moments = self._optimizer.moments(0)
+        step = float(moments["step"]) if moments else 0
+        text = json.dumps(info | {"version": self.version, "optimizer_step": step})
         (trainer / INFO_FILE).write_text(text + "\n", encoding="utf-8")
         _fsync_file(trainer / INFO_FILE)
 
@@ -278,26 +266,27 @@ class Trainer:
                 f"{path} is missing: the checkpoint can be served or started from, not resumed"
             )
         tensors = load_file(path)
-        named = self._named_weights()
-        for name, tensor in named:
+        for name, tensor in self._exact_weights():
             stored = tensors.get(f"weight.{name}")
             if stored is None or stored.shape != tensor.shape:
                 raise CheckpointStateError(f"{path}: no tensor weight.{name} of that shape")
-            with torch.no_grad():
-                tensor.copy_(stored)
-        for name, parameter in self.model.named_parameters():
-            if f"exp_avg.{name}" not in tensors:
-                continue  # nothing was updated before the checkpoint
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(info["optimizer_step"])),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
+        step = torch.tensor(float(info["optimizer_step"]))
+        for index, name in enumerate(self._names):
+            moments = None  # where nothing was updated before the checkpoint
+            if f"exp_avg.{name}" in tensors:
+                keys = ("exp_avg", "exp_avg_sq")
+                moments = {"step": step.clone()} | {key: tensors[f"{key}.{name}"] for key in keys}
+            self._optimizer.restore(index, tensors[f"weight.{name}"], moments)
+        for name, buffer in self._biases():
+            buffer.copy_(tensors[f"weight.{name}"])
         self.version = int(info["version"])
         return info
 
-    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
+    def _exact_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from zip(self._names, self._optimizer.masters, strict=True)
+        yield from self._biases()
+
+    def _biases(self) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in self.model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 yield name, buffer
@@ -305,13 +294,12 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         out = {
             f"weight.{name}": tensor.detach().cpu().contiguous()
-            for name, tensor in self._named_weights()
+            for name, tensor in self._exact_weights()
         }
-        for name, parameter in self.model.named_parameters():
-            state = self._optimizer.state.get(parameter)
-            if state:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    out[f"{key}.{name}"] = state[key].detach().cpu().contiguous()
+        for index, name in enumerate(self._names):
+            for key, moment in (self._optimizer.moments(index) or {}).items():
+                if key != "step":
+                    out[f"{key}.{name}"] = moment.detach().cpu().contiguous()
         return out
 
 

@@ -202,7 +202,7 @@ def test_warm_up_is_linear_then_constant() -> None:
 
 
 def test_optimiser_is_as_the_paper_has_it() -> None:
-    options = Trainer(Transformer(CONFIG), OptimSection())._optimizer.param_groups[0]
+    options = Trainer(Transformer(CONFIG), OptimSection())._optimizer.groups[0]
     assert (options["betas"], options["eps"]) == ((0.9, 0.95), 1e-15)
 
 
