@@ -52,7 +52,9 @@ def find_groups(ids_BT: Tensor, lengths: Sequence[int]) -> Groups:
     Only the first `lengths[b]` columns of row b count.
     """
     table_BT = ids_BT.cpu()
-    rows = [ids_T[:length].tolist() for ids_T, length in zip(table_BT, lengths, strict=True)]
+    # Bytes of big-endian numbers sort as the numbers do, and much faster than lists of them.
+    wide = table_BT.numpy().astype(">u4")
+    rows = [ids_T[:length].tobytes() for ids_T, length in zip(wide, lengths, strict=True)]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     table_BT = table_BT[order]
     limit = torch.tensor([lengths[b] for b in order])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -214,9 +215,9 @@ class Trainer:
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for b, s in enumerate(rows):
             start, end = len(s.prompt_ids), s.length
-            ids[b, :end] = torch.tensor([*s.prompt_ids, *s.response_ids])
+            ids[b, :end] = torch.from_numpy(np.array(s.prompt_ids + s.response_ids))
             if s.logprobs:  # imitated scripts have none
-                rollout[b, start:end] = torch.tensor(s.logprobs, dtype=torch.float64)
+                rollout[b, start:end] = torch.from_numpy(np.array(s.logprobs))
             mask[b, start:end] = True
         mask &= rollout.isfinite()
         device = self.model.device
