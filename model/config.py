@@ -27,6 +27,17 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
 }
 
+FP8_BLOCK = 128
+"""Side of the square of FP8 weights that share one scale, as in the released weights."""
+FP8_SETTINGS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "float8_e4m3fn",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+}
+"""`quantization_config` of a checkpoint in the released FP8 format."""
+
 _MAY_BE_ZERO = ("shared_intermediate_size", "num_sink_tokens")
 
 
@@ -187,8 +198,7 @@ class ModelConfig:
                 raise ModelError(
                     f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} is known"
                 )
-        if values.get("quantization_config"):
-            raise ModelError(f"{where}: quantised weights; convert the checkpoint to bf16 first")
+        check_quantisation(values.get("quantization_config"), where)
         known = {field.name for field in fields(cls)}
         picked = {name: value for name, value in values.items() if name in known}
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -214,6 +224,30 @@ class ModelConfig:
             return cls(**picked)
         except ModelError as error:
             raise ModelError(f"{where}: {str(error).removeprefix('config: ')}") from None
+
+
+def check_quantisation(settings: Any, where: str) -> None:
+    """Raise ModelError for a `quantization_config` other than none and the released FP8 format.
+
+    Which tensors are FP8 is read from the files, so the list of those that are not may differ.
+    """
+    if not settings:
+        return
+    held = settings if isinstance(settings, dict) else {}
+    size = [FP8_BLOCK, FP8_BLOCK]
+    for name, known in {
+        "quant_method": ("fp8",),
+        "fmt": ("float8_e4m3fn", "e4m3fn", "e4m3"),
+        "activation_scheme": ("dynamic",),
+        "weight_block_size": (size, tuple(size)),
+        "scale_fmt": ("float",),
+    }.items():
+        default = None if name in ("quant_method", "weight_block_size") else known[0]
+        if (value := held.get(name, default)) not in known:
+            raise ModelError(
+                f"{where}: weights quantised with {name} {value!r}; only {known[0]!r} is known; "
+                "convert the checkpoint to bfloat16 with the program that wrote it"
+            )
 
 
 def load_config(directory: Path | str) -> ModelConfig:

@@ -6,18 +6,27 @@ No torch here, so a dry run can say in milliseconds that a checkpoint cannot be 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from model.config import CONFIG_NAME, ModelConfig, load_config
-from model.errors import CheckpointError
-from model.tokenizer import Tokenizer
+from model.config import CONFIG_NAME, FP8_BLOCK, ModelConfig, load_config
+from model.errors import CheckpointError, ModelError
+from model.tokenizer import BOS, EOS, PAD, Tokenizer
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+NAMED_FAULTS: Final = 5
+"""So many faults of one kind are named in a message; the others are counted."""
+_FLOATS: Final = ("BF16", "F16", "F32", "F64")
+_FP8_WEIGHT: Final = re.compile(
+    r"model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|block_sparse_moe\.(experts\.\d+|shared_experts)\.w[123])\.weight"
+)
 
 Shape = tuple[int, ...]
 
@@ -29,13 +38,49 @@ def check_checkpoint(directory: Path | str) -> None:
     """
     directory = Path(directory)
     config = load_config(directory)
+    check_tokenizer(directory, config)
+    find_tensors(directory, tensor_shapes(config))
+
+
+def check_tokenizer(directory: Path, config: ModelConfig) -> None:
+    """Raise ModelError if the folder's tokenizer is missing or is that of another model."""
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
             f"{config.vocab_size}; the folder mixes two checkpoints"
         )
-    find_tensors(directory, tensor_shapes(config), framework="numpy")
+    for field, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
+        wanted = getattr(config, field)
+        if wanted is not None and tokenizer.token_id(token) != wanted:
+            raise CheckpointError(
+                f"{directory}: {field} is {wanted} in {CONFIG_NAME}, but the tokenizer's {token} "
+                f"is {tokenizer.token_id(token)}; the folder mixes two checkpoints"
+            )
+
+
+def last_whole(
+    directory: Path | str, check: Callable[[Path], None] = check_checkpoint
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint among a folder's `step-N`, and why newer ones are not whole.
+
+    Whole means that `check` raises no ModelError: what a full disk, a crash or an unfinished copy
+    cut off is passed over. None where no folder is whole.
+    """
+    steps = {
+        int(path.name.removeprefix("step-")): path
+        for path in Path(directory).glob("step-*")
+        if path.name.removeprefix("step-").isdecimal()
+    }
+    faults: list[str] = []
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            check(path)
+        except ModelError as error:
+            faults.append(str(error))
+        else:
+            return path, faults
+    return None, faults
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -65,35 +110,104 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     return out | {"model.norm.weight": (d,), "lm_head.weight": (config.vocab_size, d)}
 
 
-def find_tensors(
-    directory: Path, shapes: Mapping[str, Shape], *, framework: Literal["pt", "numpy"]
-) -> dict[str, list[str]]:
-    """Shard file → names of its tensors, once all of them are there in their shapes.
+@dataclass(frozen=True)
+class Stored:
+    """Where the tensors of a checked folder are."""
 
-    Raises CheckpointError for the first tensor or file that is missing, misshapen or not asked for.
+    files: dict[str, tuple[str, ...]]
+    """Shard file → the model's tensors in it, without scales."""
+    scale_files: dict[str, str]
+    """FP8 tensor → shard file of its scales."""
+
+
+def is_fp8_weight(name: str) -> bool:
+    """True for the tensors that the released FP8 format quantises: projections and experts."""
+    return _FP8_WEIGHT.fullmatch(name) is not None
+
+
+def scale_name(name: str) -> str:
+    """Name on disk of an FP8 weight's block scales."""
+    return f"{name}_scale_inv"
+
+
+def scale_shape(shape: Shape) -> Shape:
+    """Shape of a weight's block scales: a block at the edge may be smaller than the others."""
+    return tuple(-(-size // FP8_BLOCK) for size in shape)
+
+
+def find_tensors(directory: Path, shapes: Mapping[str, Shape]) -> Stored:
+    """Where each tensor is, once all are there in their shapes, with scales for those in FP8.
+
+    Raises CheckpointError that lists, in one message, all tensors that are missing, not asked for
+    or misshapen (the first few by name). Reads headers only.
     """
     where = _where_tensors_are(directory)
-    for name in shapes:
-        if name not in where:
-            raise CheckpointError(f"{directory}: tensor {name} is missing; copy or save it again")
-    for name in where:
-        if name not in shapes:
-            raise CheckpointError(
-                f"{directory}: tensor {name} does not belong to the model of its {CONFIG_NAME}"
-            )
+    held = _read_headers(directory, where)
+    missing = [f"tensor {name} is missing" for name in shapes if name not in held]
+    wrong: list[str] = []
+    scale_files: dict[str, str] = {}
+    for name, shape in shapes.items():
+        if name not in held:
+            continue
+        stored_type, stored_shape = held[name]
+        if stored_shape != shape:
+            wrong.append(f"tensor {name} has shape {stored_shape} instead of {shape}")
+        elif stored_type == "F8_E4M3" and is_fp8_weight(name):
+            scale = scale_name(name)
+            if scale not in held:
+                missing.append(f"tensor {scale} is missing")
+            elif held[scale] != ("F32", scale_shape(shape)):
+                wrong.append(
+                    f"tensor {scale} is {held[scale][0]} {held[scale][1]} instead of "
+                    f"F32 {scale_shape(shape)}"
+                )
+            scale_files[name] = where.get(scale, "")
+        elif stored_type not in _FLOATS:
+            wrong.append(f"tensor {name} is {stored_type}, which is not read")
+    known = shapes.keys() | {scale_name(name) for name in scale_files}
+    extra = [f"tensor {name} does not belong to the model" for name in where if name not in known]
+    if missing or extra or wrong:
+        faults = "; ".join(_name_a_few(kind) for kind in (missing, extra, wrong) if kind)
+        raise CheckpointError(
+            f"{directory}: against {CONFIG_NAME}, {faults}; save or copy it again"
+        )
+    if bool(scale_files) != _declares_fp8(directory):
+        raise CheckpointError(
+            f"{directory}: quantization_config in {CONFIG_NAME} and the weights' type contradict "
+            "each other; the folder mixes two checkpoints"
+        )
     files: dict[str, list[str]] = {}
-    for name, file in where.items():
-        files.setdefault(file, []).append(name)
-    for file, names in files.items():
-        with open_shard(directory / file, framework) as shard:
-            held = set(shard.keys())
-            for name in names:
-                if name not in held:
-                    raise CheckpointError(
-                        f"{directory / file}: tensor {name} is missing; save it again"
-                    )
-                _check_shape(directory, name, shard.get_slice(name), shapes[name])
-    return files
+    for name in shapes:
+        files.setdefault(where[name], []).append(name)
+    return Stored({file: tuple(names) for file, names in files.items()}, scale_files)
+
+
+def _read_headers(directory: Path, where: Mapping[str, str]) -> dict[str, tuple[str, Shape]]:
+    """Type and shape of each tensor that really is in the file where it should be."""
+    files = sorted(set(where.values()))
+    if absent := [file for file in files if not (directory / file).is_file()]:
+        raise CheckpointError(
+            f"{directory}: {_name_a_few([f'{file} is missing' for file in absent])}; "
+            "copy the checkpoint again"
+        )
+    held: dict[str, tuple[str, Shape]] = {}
+    for file in files:
+        with open_shard(directory / file, "numpy") as shard:
+            for name in shard.keys():  # noqa: SIM118 (no mapping)
+                if where.get(name) == file:
+                    view = shard.get_slice(name)
+                    held[name] = view.get_dtype(), tuple(view.get_shape())
+    return held
+
+
+def _name_a_few(faults: Sequence[str]) -> str:
+    more = len(faults) - NAMED_FAULTS
+    return "; ".join(faults[:NAMED_FAULTS]) + (f"; and {more} more like this" if more > 0 else "")
+
+
+def _declares_fp8(directory: Path) -> bool:
+    path = directory / CONFIG_NAME
+    return path.is_file() and bool(_read_object(path).get("quantization_config"))
 
 
 def open_shard(path: Path, framework: Literal["pt", "numpy"]) -> Any:
@@ -108,7 +222,10 @@ def open_shard(path: Path, framework: Literal["pt", "numpy"]) -> Any:
 
 def read_index(directory: Path) -> dict[str, Any]:
     """The index file of a folder that has one; CheckpointError if it is no JSON object."""
-    path = directory / INDEX_NAME
+    return _read_object(directory / INDEX_NAME)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -132,15 +249,3 @@ def _where_tensors_are(directory: Path) -> dict[str, str]:
         with open_shard(directory / SINGLE_NAME, "numpy") as shard:
             return dict.fromkeys(shard.keys(), SINGLE_NAME)
     raise CheckpointError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME}; copy it again")
-
-
-def _check_shape(directory: Path, name: str, stored: Any, asked: Shape) -> None:
-    shape = tuple(stored.get_shape())
-    if shape != asked:
-        raise CheckpointError(
-            f"{directory}: tensor {name} has shape {shape}, but {CONFIG_NAME} asks for {asked}"
-        )
-    if stored.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-        raise CheckpointError(
-            f"{directory}: tensor {name} is {stored.get_dtype()}; convert the checkpoint to bf16"
-        )

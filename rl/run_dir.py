@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from model.errors import CheckpointError
+from model.layout import check_checkpoint, last_whole, open_shard
 from rl.errors import CheckpointStateError, InfraError
 
 HEARTBEAT_S = 2.0
@@ -173,9 +176,18 @@ class RunDir:
         write_atomic(config_path, config_text)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        link = self.checkpoints / "latest"
-        return link.resolve() if (link / "trainer" / "trainer.json").is_file() else None
+        """The newest whole checkpoint, or None where nothing was saved yet.
+
+        Damaged ones are passed over with a word on stderr. CheckpointStateError if all are damaged.
+        """
+        found, faults = last_whole(self.checkpoints, _check_step)
+        for fault in faults:
+            print(f"warning: passed over a damaged checkpoint: {fault}", file=sys.stderr)
+        if found is None and faults:
+            raise CheckpointStateError(
+                f"{self.checkpoints}: no checkpoint is whole; name another folder to start again"
+            )
+        return found.resolve() if found else None
 
     def rows(self) -> list[Row]:
         """Complete metrics lines; a cut-off last line is left out."""
@@ -241,6 +253,19 @@ class RunDir:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """The last file of a run."""
         write_atomic(self.path / "result.json", pretty(result))
+
+
+def _check_step(folder: Path) -> None:
+    """Raise ModelError if a step's weights or trainer files are missing or cut off."""
+    check_checkpoint(folder)
+    trainer = folder / "trainer"
+    try:
+        json.loads((trainer / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{trainer / 'trainer.json'}: unreadable ({error})") from None
+    if (trainer / "state.safetensors").is_file():  # the last checkpoint of a run has none
+        with open_shard(trainer / "state.safetensors", "numpy"):
+            pass
 
 
 def pretty(value: Mapping[str, Any]) -> str:

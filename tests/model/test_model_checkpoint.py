@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model.checkpoint as checkpoint_module
+import model.shards as shards_module
 from model.checkpoint import disk_tensors, load_model, read_metadata, save_checkpoint
 from model.config import PRESETS
 from model.errors import CheckpointError
@@ -123,7 +124,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(small, saved, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "save_file", no_room)
+    monkeypatch.setattr(shards_module, "save_file", no_room)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(small, saved, tokenizer_from=None)
     monkeypatch.undo()
