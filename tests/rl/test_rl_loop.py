@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,42 @@ def test_line_lost_after_its_checkpoint_is_restored_and_later_lines_are_cut(
     go(config, path, resume=True)
     assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4]
     assert rows_of(path)[2] == decode_row(lines[2])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, config = tmp_path / "run", config_of(home)
+
+    def stop_after_three() -> None:
+        rows = path / "metrics.jsonl"
+        if rows.is_file() and len(rows.read_text().splitlines()) == 3:
+            raise StoppedError("SIGTERM", 143)
+
+    with pytest.raises(StoppedError):
+        go(config, path, check=stop_after_three)
+    before = [learned(row) for row in rows_of(path)]
+    state = path / "checkpoints/step-3/trainer/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    go(config, path, resume=True)
+    shown = capsys.readouterr()
+    assert "step-3/trainer/state.safetensors: damaged or cut off" in shown.err
+    assert "resumed after step 2" in shown.out
+    assert [learned(row) for row in rows_of(path)[:3]] == before
+    assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4]
+
+
+def test_no_run_starts_again_by_itself_when_all_checkpoints_are_damaged(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.open("a: 1\n", resume=False)
+    assert folder.latest() is None
+    for step in (1, 2):
+        shutil.copytree(home / "start", folder.checkpoints / f"step-{step}")
+    with pytest.raises(CheckpointStateError, match="no checkpoint is whole"):
+        folder.latest()
+    folder.close()
 
 
 def launch(home: Path, tmp_path: Path, **env: str) -> tuple[subprocess.Popen[bytes], Path]:
