@@ -312,6 +312,26 @@ PRESETS: dict[str, ModelConfig] = {
         num_experts_per_tok=4,
         max_position_embeddings=32_768,
     ),
+    # The size of the report's ablation of granularity (Table 1, "128e top-8"): 17.79 B parameters,
+    # 2.08 B active with embedding and output head. M2's rules of shape hold unchanged (head size
+    # 128, attention twice as wide as the hidden state, six query heads a key head, half rotary,
+    # experts half as wide, its vocabulary), so hidden size and layers are all there is to choose;
+    # the sparsity is the ablation's, one expert in 16.
+    "mini": ModelConfig(
+        vocab_size=200_064,
+        hidden_size=1536,
+        intermediate_size=768,
+        num_hidden_layers=37,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        head_dim=128,
+        rotary_dim=64,
+        num_local_experts=128,
+        num_experts_per_tok=8,
+        max_position_embeddings=32_768,
+        bos_token_id=200_034,
+        eos_token_id=200_020,
+    ),
     "m2": ModelConfig(
         vocab_size=200_064,
         hidden_size=3072,

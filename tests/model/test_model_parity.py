@@ -102,23 +102,3 @@ def test_their_checkpoint_loads_here_with_the_same_logits(ours, tmp_path):
     ids_BT = tokens(model.config, batch=2, time=23)
     expected_BTV = theirs.eval()(ids_BT).logits
     torch.testing.assert_close(model(ids_BT), expected_BTV, atol=1e-5, rtol=0)
-
-
-def test_gradients_equal_theirs(ours, tmp_path):
-    save_checkpoint(ours, tmp_path, dtype="float32", tokenizer_from=None)
-    theirs = transformers.MiniMaxM2ForCausalLM.from_pretrained(
-        tmp_path, **PLAIN, dtype=torch.float32
-    )
-    ids_BT = tokens(ours.config)
-    for logits_BTV in (ours(ids_BT), theirs(ids_BT).logits):
-        logits_BTV.log_softmax(-1)[..., 0].sum().backward()
-    layer, other = ours.layers[0], theirs.model.layers[0]
-    pairs = [
-        (layer.block_sparse_moe.gate_EH, other.mlp.gate.weight),
-        (layer.block_sparse_moe.w13_EOH, other.mlp.experts.gate_up_proj),
-        (layer.self_attn.q_norm.weight, other.self_attn.q_norm.weight),
-        (ours.embed_tokens, theirs.model.embed_tokens.weight),
-    ]
-    for mine, reference in pairs:
-        assert reference.grad.abs().max() > 0
-        torch.testing.assert_close(mine.grad, reference.grad, atol=1e-4, rtol=1e-3)
