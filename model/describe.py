@@ -22,7 +22,7 @@ from model.layout import is_fp8_weight, scale_shape, tensor_shapes
 PARTS = ("experts", "shared_experts", "attention", "router", "norms", "embedding", "head")
 _KV_BYTES = 2  # bfloat16
 _OPTIMISER_BYTES = 12  # float32 masters and both moments of Adam
-_TRAINING_BYTES = _OPTIMISER_BYTES + 2 + 2  # and bfloat16 weights and gradients
+_GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Description:
     and 4 · heads · head size for each position that a layer sees."""
     memory: dict[str, int]
     """Weights on disk or in memory by type; `optimiser`: float32 masters and two moments;
-    `training`: that, bfloat16 weights and bfloat16 gradients."""
+    `training`: that, float32 gradients and bfloat16 weights (the router is its own master)."""
 
 
 def describe(config: ModelConfig, name: str = "model", context: int | None = None) -> Description:
@@ -107,7 +107,7 @@ def describe(config: ModelConfig, name: str = "model", context: int | None = Non
             "bfloat16": 2 * total + 2 * wide,  # the router stays float32
             "fp8": fp8_bytes + 4 * wide,
             "optimiser": _OPTIMISER_BYTES * total,
-            "training": _TRAINING_BYTES * total,
+            "training": (_OPTIMISER_BYTES + _GRADIENT_BYTES) * total + 2 * (total - wide),
         },
     )
 

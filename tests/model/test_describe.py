@@ -99,7 +99,9 @@ def test_memory_is_what_a_checkpoint_takes(tmp_path, dtype):
 def test_optimiser_memory_is_masters_and_two_moments():
     found = describe(PRESETS["base"])
     assert found.memory["optimiser"] == 3 * 4 * found.parameters
-    assert found.memory["training"] == found.memory["optimiser"] + 4 * found.parameters
+    # float32 gradients, and bfloat16 copies of all but the router, which is float32 itself
+    short = found.parameters - found.parameters_by_part["router"]
+    assert found.memory["training"] == 4 * 4 * found.parameters + 2 * short
 
 
 def test_the_command(tmp_path, capsys):
