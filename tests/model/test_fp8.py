@@ -58,8 +58,6 @@ def naive(weight):
             largest = np.abs(block).max()
             if largest > 0:
                 scale = max(np.float32(largest) / np.float32(448), np.float32(2.0**-126))
-                if float(scale) * 448 >= 2.0**128 - 2.0**103:  # float32 rounds that to infinity
-                    scale = np.nextafter(scale, np.float32(0))
                 scales[i, j] = scale
             scaled = np.abs(block / scales[i, j]).astype(np.float64)
             far = np.abs(scaled[..., None] - TABLE)
