@@ -50,12 +50,13 @@ def check_tokenizer(directory: Path, config: ModelConfig) -> None:
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
             f"{config.vocab_size}; the folder mixes two checkpoints"
         )
-    for field, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
-        wanted = getattr(config, field)
-        if wanted is not None and tokenizer.token_id(token) != wanted:
+    marks = (("pad", PAD, tokenizer.pad_id), ("bos", BOS, tokenizer.bos_id))
+    for name, token, held in (*marks, ("eos", EOS, tokenizer.eos_id)):
+        wanted = getattr(config, f"{name}_token_id")
+        if wanted is not None and held != wanted:
             raise CheckpointError(
-                f"{directory}: {field} is {wanted} in {CONFIG_NAME}, but the tokenizer's {token} "
-                f"is {tokenizer.token_id(token)}; the folder mixes two checkpoints"
+                f"{directory}: {name}_token_id is {wanted} in {CONFIG_NAME}, but the tokenizer's "
+                f"{token} is {held}; the folder mixes two checkpoints"
             )
 
 

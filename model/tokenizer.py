@@ -61,7 +61,8 @@ class Tokenizer:
         except Exception as error:  # the library raises no narrower class
             raise TokenizerError(f"not a tokenizer.json ({error}); copy it again") from error
         self._plain.encode_special_tokens = True
-        missing = [t for t in SPECIAL_TOKENS if self._with_specials.token_to_id(t) is None]
+        needed = [token for token in SPECIAL_TOKENS if token != PAD]  # the released one has no pad
+        missing = [t for t in needed if self._with_specials.token_to_id(t) is None]
         if missing:
             raise TokenizerError(f"tokenizer lacks the special token {missing[0]!r}")
 
@@ -154,7 +155,9 @@ class Tokenizer:
 
     @cached_property
     def pad_id(self) -> int:
-        return self.token_id(PAD)
+        """Of `<pad>`; of the end mark where the vocabulary has none."""
+        known = self._with_specials.token_to_id(PAD)
+        return self.eos_id if known is None else int(known)
 
     @cached_property
     def vocab_size(self) -> int:

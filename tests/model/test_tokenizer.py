@@ -106,5 +106,15 @@ def test_a_foreign_tokenizer_is_refused() -> None:
     import tokenizers
 
     plain = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
-    with pytest.raises(TokenizerError, match="special token '<pad>'"):
+    with pytest.raises(TokenizerError, match="lacks the special token"):
         Tokenizer(plain)
+
+
+def test_a_vocabulary_without_padding_pads_with_its_end_mark(
+    tokenizer: Tokenizer, tmp_path
+) -> None:
+    """The released tokenizer has no `<pad>`."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<pad>"', '"<spare>"'))
+    assert Tokenizer.load(tmp_path).pad_id == tokenizer.eos_id
