@@ -76,7 +76,7 @@ def seconds(model: Transformer, rows: Rows, *, shared: bool) -> tuple[float, int
     usual = shared_prefix.WORTHWHILE
     shared_prefix.WORTHWHILE = usual if shared else math.inf
     try:
-        tokens = len(shared_prefix.lay_out(ids_BT, lengths_B).row_M)
+        tokens = len(shared_prefix.lay_out(ids_BT, lengths_B, model.config, tree=False).row_M)
         start = time.process_time()
         scores = score_tokens(model, ids_BT, lengths_B, wanted_BT=wanted_BT)
         (-scores.logp_BT.sum()).backward()  # type: ignore[no-untyped-call]

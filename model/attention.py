@@ -1,7 +1,8 @@
 """Grouped-query attention with norms over the concatenated heads and partial rotary positions.
 
 Shapes: M tokens = B rows × T columns, H hidden size, N query heads, K key/value heads, D head size,
-R rotary size, S cached columns. Tokens are kept flat (M, …); only `Attend` knows rows and columns.
+R rotary size, S cached columns, X rows or 1 for all alike. Tokens are kept flat (M, …); only
+`Attend` knows rows and columns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from model import attention_kernels
 from model.config import ModelConfig
+from model.window import Reach, reach_of
+
+NEAR_QUERIES = 256  # of a window layer that are computed together
 
 
 class RMSNorm(nn.Module):
@@ -114,19 +118,55 @@ def scaled_attention(
     )
 
 
+class Nearby:
+    """Attention of rows in a window layer, by positions (negative: padding, see `Reach.causal`).
+
+    It goes by blocks of queries, each with the keys that one of them sees: work and masks grow with
+    the tokens, not with their square.
+    """
+
+    def __init__(self, reach: Reach, query_XT: Tensor, key_XS: Tensor) -> None:
+        self.parts: list[tuple[slice, Tensor, Tensor]] = []
+        for start in range(0, query_XT.shape[1], NEAR_QUERIES):
+            some = slice(start, start + NEAR_QUERIES)
+            seen_XtS = reach.causal(query_XT[:, some, None], key_XS[:, None])
+            column_s = seen_XtS.any(dim=0).any(dim=0).nonzero()[:, 0]
+            self.parts.append((some, column_s, seen_XtS[:, None, :, column_s]))
+
+    def __call__(self, q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+        outs = []
+        for some, column_s, mask_X1ts in self.parts:
+            k, v = (x.index_select(2, column_s) for x in (k_BKSD, v_BKSD))
+            outs.append(scaled_attention(q_BNTD[:, :, some], k, v, mask_X1ts, causal=False))
+        return torch.cat(outs, dim=2)
+
+
 class CausalAttend:
-    """Every token sees its row up to itself; columns of left padding are seen by no real token.
+    """Every token sees its row up to itself, as far back as its layer reaches; columns of left
+    padding are seen by no real token.
 
     Right padding needs no mask: nothing real looks to the right.
     """
 
-    def __init__(self, batch: int, time: int, pad_left_B: Tensor | None = None) -> None:
-        self.shape = (batch, time)
+    def __init__(
+        self, config: ModelConfig, batch: int, time: int, pad_left_B: Tensor | None = None
+    ) -> None:
+        self.config, self.shape, self.pad_left_B = config, (batch, time), pad_left_B
         self.mask_B1TS = None if pad_left_B is None else left_pad_mask(time, time, pad_left_B)
+        self._nearby: Nearby | None = None
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         q, k, v = (rows_first(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
-        out = scaled_attention(q, k, v, self.mask_B1TS, causal=self.mask_B1TS is None)
+        reach = reach_of(self.config, layer)
+        if reach.covers(self.shape[1]):
+            out = scaled_attention(q, k, v, self.mask_B1TS, causal=self.mask_B1TS is None)
+        else:
+            if self._nearby is None:
+                position_XT = torch.arange(self.shape[1], device=q.device)[None]
+                if self.pad_left_B is not None:
+                    position_XT = position_XT - self.pad_left_B[:, None]
+                self._nearby = Nearby(reach, position_XT, position_XT)
+            out = self._nearby(q, k, v)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
@@ -137,8 +177,8 @@ class PackedAttend:
     Everything else, above all the experts, spends nothing on padding.
     """
 
-    def __init__(self, batch: int, time: int, place_M: Tensor) -> None:
-        self.padded, self.place_M = CausalAttend(batch, time), place_M
+    def __init__(self, config: ModelConfig, batch: int, time: int, place_M: Tensor) -> None:
+        self.padded, self.place_M = CausalAttend(config, batch, time), place_M
         self.places = batch * time
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
@@ -195,86 +235,3 @@ def left_pad_mask(time: int, total: int, pad_left_B: Tensor) -> Tensor:
     real_BS = column_S >= pad_left_B[:, None]
     seen_BTS = (column_S <= query_T1) & real_BS[:, None, :]
     return (seen_BTS | (column_S == query_T1))[:, None]
-
-
-class KVCache:
-    """Keys and values (B, K, S, D) of every layer, for S columns; `length` columns are filled.
-    `data` (layers, 2, B, K, S, D) is their common memory."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        columns: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (batch, config.num_key_value_heads, columns, config.head_dim)
-        self.data = torch.zeros((config.num_hidden_layers, 2, *shape), device=device, dtype=dtype)
-        self.keys = list(self.data[:, 0].unbind(0))
-        self.values = list(self.data[:, 1].unbind(0))
-        self.length = 0
-
-    @property
-    def columns(self) -> int:
-        """How many columns there is room for."""
-        return self.keys[0].shape[2]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (in rising order)."""
-        for stack in (self.keys, self.values):
-            for i, old in enumerate(stack):
-                kept = old[: len(rows)]
-                kept[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
-                stack[i] = kept
-
-
-class CachedAttend:
-    """Append `time` columns to a cache; they look at all of it, and causally among themselves."""
-
-    def __init__(
-        self, cache: KVCache, batch: int, time: int, pad_left_B: Tensor | None = None
-    ) -> None:
-        self.cache, self.shape = cache, (batch, time)
-        self.start, self.end = cache.length, cache.length + time
-        masked = pad_left_B is not None or (time > 1 and self.start > 0)
-        if masked and pad_left_B is None:
-            pad_left_B = torch.zeros(batch, dtype=torch.long, device=cache.keys[0].device)
-        self.mask_B1TS = (
-            left_pad_mask(time, self.end, pad_left_B) if pad_left_B is not None else None
-        )
-        self.causal = not masked and time > 1
-
-    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        q, k, v = (rows_first(x, self.shape) for x in (q_MND, k_MKD, v_MKD))
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, self.start : self.end] = k
-        values[:, :, self.start : self.end] = v
-        seen_k, seen_v = keys[:, :, : self.end], values[:, :, : self.end]
-        out = scaled_attention(q, seen_k, seen_v, self.mask_B1TS, self.causal)
-        return out.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-class DecodeAttend:
-    """Append one column to a cache and let it look at the first `seen` columns, through a mask.
-
-    `column` is a number, or a tensor of one number where a CUDA graph must not fix it.
-    """
-
-    def __init__(
-        self, cache: KVCache, column: int | Tensor, seen: int, mask_B11S: Tensor | None
-    ) -> None:
-        self.cache, self.column, self.seen, self.mask_B11S = cache, column, seen, mask_B11S
-
-    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if isinstance(self.column, int):
-            keys[:, :, self.column] = k_MKD
-            values[:, :, self.column] = v_MKD
-        else:
-            keys.index_copy_(2, self.column, k_MKD.unsqueeze(2))
-            values.index_copy_(2, self.column, v_MKD.unsqueeze(2))
-        # The query heads that share a key head stand in for its queries: no key is copied.
-        q_BKGD = q_MND.view(len(q_MND), k_MKD.shape[1], -1, q_MND.shape[-1])
-        seen_k, seen_v = keys[:, :, : self.seen], values[:, :, : self.seen]
-        return scaled_attention(q_BKGD, seen_k, seen_v, self.mask_B11S, causal=False).flatten(1)

@@ -139,11 +139,15 @@ class ModelConfig:
     @property
     def is_released_kind(self) -> bool:
         """True where the released class (transformers, vLLM) computes the same model."""
+        return self.has_released_experts and WINDOW not in self.attn_type_list
+
+    @property
+    def has_released_experts(self) -> bool:
+        """True where the router and the experts are those of the released class."""
         return (
             self.scoring_func == "sigmoid"
             and self.norm_topk_prob
             and not self.shared_intermediate_size
-            and WINDOW not in self.attn_type_list
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.attention import DecodeAttend, KVCache
+from model.cache import DecodeAttend, KVCache
 from model.moe import float_of
 from model.native.step import NativeModel
 from model.slots import SlotAttend, SlotCache
@@ -63,17 +63,22 @@ def prefill(
         length_P = torch.tensor([len(ids) for ids in part], device=device)
         time = len(part[-1])
         ids_PT = torch.tensor([[*ids, *[0] * (time - len(ids))] for ids in part], device=device)
-        own = KVCache(model.config, len(part), time, device, model.dtype)
+        own = KVCache(model.config, len(part), time, device, model.dtype, ring=False)
         hidden_PTH = model.hidden(ids_PT, cache=own)
         last_PH = hidden_PTH[torch.arange(len(part), device=device), length_P - 1]
         logits_BV[row_b] = model.head(last_PH).index_select(0, prompt_b)
         # Column c of a row holds its prompt's token c − padding; columns of padding are masked.
+        # Rings hold the last tokens, and padding takes no place in them.
         from_bT = torch.arange(width, device=device) - (width - length_P[prompt_b])[:, None]
-        from_bT = from_bT.clamp_(0, time - 1)
-        for new, old in ((cache.keys, own.keys), (cache.values, own.values)):
-            for target_BKSD, source_PKTD in zip(new, old, strict=True):
-                moved = source_PKTD.transpose(1, 2)[prompt_b[:, None], from_bT]
-                target_BKSD[row_b, :, :width] = moved.transpose(1, 2)
+        for layer, reach in enumerate(cache.reach_L):
+            if reach.window is not None:
+                from_bS = reach.held(length_P[prompt_b] - 1, cache.keys[layer].shape[2])
+            else:
+                from_bS = from_bT
+            from_bS = from_bS.clamp(0, time - 1)
+            for new, old in ((cache.keys, own.keys), (cache.values, own.values)):
+                moved = old[layer].transpose(1, 2)[prompt_b[:, None], from_bS]
+                new[layer][row_b, :, : from_bS.shape[1]] = moved.transpose(1, 2)
         start = end
     cache.length = width
     return pad_left_B, logits_BV
@@ -91,8 +96,9 @@ class EagerDecoder:
     def step(self, id_B: Tensor) -> Tensor:
         column = self.cache.length
         mask = None if self.mask_B11S is None else self.mask_B11S[:, :, :, : column + 1]
-        attend = DecodeAttend(self.cache, column, column + 1, mask)
-        hidden_BH = self.model.run(id_B, column - self.pad_left_B, attend)
+        position_B = column - self.pad_left_B
+        attend = DecodeAttend(self.cache, column, column + 1, mask, position_B)
+        hidden_BH = self.model.run(id_B, position_B, attend)
         self.cache.length += 1
         return self.model.head(hidden_BH)
 
@@ -175,7 +181,8 @@ class GraphDecoder:
         mask_B11S = torch.zeros_like(seen_BS, dtype=self.model.dtype).masked_fill_(
             ~seen_BS, -torch.inf
         )[:, None, None]
-        attend = DecodeAttend(self.cache, self.column_1, self.cache.columns, mask_B11S)
+        columns = self.cache.columns
+        attend = DecodeAttend(self.cache, self.column_1, columns, mask_B11S, self.position_B)
         logits_BV = self.model.head(self.model.run(self.id_B, self.position_B, attend))
         self.position_B += 1
         self.column_1 += 1

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from model.attention import KVCache
+from model.cache import KVCache
 from model.checkpoint import load_model
 from model.decode import Decoder, EagerDecoder, GraphDecoder, NativeDecoder, prefill
 from model.errors import ModelError
@@ -24,6 +24,7 @@ from model.native.build import NativeUnavailableError
 from model.native.step import NativeModel
 from model.sampling import Sampler, uniforms
 from model.transformer import Transformer
+from model.window import has_windows
 
 SHRINK_AT = 0.875  # drop rows that ended once no more than this share of them goes on
 KEEP_GRAPHS = 4  # captured CUDA graphs, each with its own cache
@@ -210,7 +211,10 @@ class Engine:
         model, config = self.model, self.model.config
         columns = max(len(ids) for ids in prompts) + steps
         batch = -(-len(prompts) // 8) * 8
-        if needs_no_host(batch, config.num_local_experts, self.device, model.dtype):
+        graphs = not has_windows(config) and needs_no_host(
+            batch, config.num_local_experts, self.device, model.dtype
+        )
+        if graphs:
             # Sizes are rounded up, so that one graph serves many calls.
             size = (batch, -(-columns // 128) * 128)
             graph = self._graphs.pop(size, None) or GraphDecoder(model, *size)

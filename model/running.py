@@ -24,6 +24,7 @@ from model.packed import PACKED_TOKENS, PackedModel
 from model.prefix_cache import BLOCK, Key, PrefixCache
 from model.sampling import Sampler, uniforms
 from model.slots import JoinAttend, SlotAttend, SlotCache
+from model.window import has_windows
 
 JOIN_TOKENS = 2048  # prompt tokens read at most between two steps (or one prompt, if it is longer)
 SCORE_TOKENS = 256  # logits of a prompt's tokens are made for this many at a time
@@ -86,7 +87,8 @@ class RunningBatch:
                 f"{columns}; give at least {rows * columns}"
             )
         self._prefix = None
-        if prefix_tokens >= BLOCK:
+        # A window layer's ring has lost what a prefix would need by the time that it is kept.
+        if prefix_tokens >= BLOCK and not has_windows(config):
             self._prefix = PrefixCache(config, prefix_tokens, device, dtype)
         self._wants_native = native
         self._prepare()
@@ -110,7 +112,7 @@ class RunningBatch:
     @property
     def cache_bytes(self) -> int:
         """What the key/value cache takes now, without the prefix cache."""
-        return self._cache.data.nbytes
+        return self._cache.nbytes
 
     @property
     def path(self) -> str:
@@ -339,9 +341,11 @@ class RunningBatch:
         moved = self._cache.fit(rows, max(columns, used), len(self._rows), used)
         model, cache = self._engine.model, self._cache
         experts = model.config.num_local_experts
-        if (moved or self._graph is None) and needs_no_host(
+        # The trial steps of a capture would write into rings that are in use.
+        graphs = not has_windows(model.config) and needs_no_host(
             cache.rows, experts, self._engine.device, model.dtype
-        ):
+        )
+        if graphs and (moved or self._graph is None):
             self._graph = SlotGraph(model, cache)
 
     def _keep_prefixes(self, ended: Collection[Row]) -> None:

@@ -61,7 +61,7 @@ def score_tokens(
     if not len(row_n):
         nothing_BT = torch.zeros(batch, time, device=ids_BT.device)
         return TokenScores(nothing_BT, nothing_BT)
-    layout = lay_out(ids_BT, lengths_B)
+    layout = lay_out(ids_BT, lengths_B, model.config, tree=ids_BT.is_cuda)
     x_MH = model.run(ids_BT[layout.row_M, layout.column_M], layout.column_M, layout.attend)
     x_nH = x_MH.index_select(0, layout.at_BT[row_n, column_n - 1])
     if isinstance(temperature, Tensor):

@@ -25,6 +25,9 @@ from model.attention import (
     rows_first,
     scaled_attention,
 )
+from model.config import ModelConfig
+from model.visible import Visibility, VisibleAttend, row_visibility
+from model.window import has_windows, reach_of
 
 # Sharing needs a mask in the attention, so it must save at least this share of the tokens.
 WORTHWHILE = 0.125
@@ -99,25 +102,29 @@ class Layout:
     at_BT: Tensor
 
 
-def lay_out(ids_BT: Tensor, lengths_B: Tensor) -> Layout:
+def lay_out(ids_BT: Tensor, lengths_B: Tensor, config: ModelConfig, *, tree: bool) -> Layout:
     """Tokens of right-padded rows without padding, shared prefixes once where that pays.
 
-    A row's last token predicts nothing, so it is left out.
+    A row's last token predicts nothing, so it is left out. A `tree` is laid out by visibility
+    (`visible.py`), for CUDA; else rows are padded inside attention.
     """
     batch, time = ids_BT.shape
     device = ids_BT.device
     column_T = torch.arange(time, device=device)
-    read_B = lengths_B - 1
+    read_B = (lengths_B - 1).clamp_min(0)
     read_BT = column_T < read_B[:, None]
-    groups = find_groups(ids_BT, read_B.clamp_min(0).tolist())
+    groups = find_groups(ids_BT, read_B.tolist())
     if groups.saved < WORTHWHILE * int(read_BT.sum()):
         row_M, column_M = read_BT.nonzero(as_tuple=True)
         longest = int(read_B.max())
         attend: Attend
-        if len(row_M) == batch * longest:  # even rows stand as they are
-            attend = CausalAttend(batch, longest)
+        even = len(row_M) == batch * longest
+        if even and not (tree and has_windows(config)):  # even rows stand as they are
+            attend = CausalAttend(config, batch, longest)
+        elif tree:
+            attend = VisibleAttend(row_visibility(read_B), config)
         else:
-            attend = PackedAttend(batch, longest, row_M * longest + column_M)
+            attend = PackedAttend(config, batch, longest, row_M * longest + column_M)
         return Layout(row_M, column_M, attend, _count(read_BT))
 
     group_B = torch.tensor(groups.group_B, device=device)
@@ -130,21 +137,37 @@ def lay_out(ids_BT: Tensor, lengths_B: Tensor) -> Layout:
     rest_BT = read_BT & (column_T >= shared_B[:, None])
     group_m, prefix_column_m = prefix_GT.nonzero(as_tuple=True)
     row_m, rest_column_m = rest_BT.nonzero(as_tuple=True)
-    start_m = shared_B[row_m]
-    longest, rest = max(groups.prefix_G), max(1, int((read_B - shared_B).max()))
     in_prefix_BT = (column_T < shared_B[:, None]) & read_BT
     at_BT = torch.where(in_prefix_BT, _count(prefix_GT)[group_B], len(group_m) + _count(rest_BT))
-    return Layout(
-        row_M=torch.cat([leader_G[group_m], row_m]),
-        column_M=torch.cat([prefix_column_m, rest_column_m]),
-        attend=SharedPrefixAttend(
-            groups,
-            group_m * longest + prefix_column_m,
-            row_m * rest + rest_column_m - start_m,
-            rest,
-        ),
-        at_BT=at_BT,
+    row_M = torch.cat([leader_G[group_m], row_m])
+    column_M = torch.cat([prefix_column_m, rest_column_m])
+    if tree:
+        unit_B = torch.where(group_B >= 0, group_B, len(prefix_G) + torch.arange(batch).to(device))
+        unit_M, within_M = torch.cat([group_m, unit_B[row_m]]), torch.zeros_like(row_M)
+        within_M[len(group_m) :] = row_m + 1
+        order_M, visibility = _in_pre_order(unit_M, within_M, column_M)
+        attend = VisibleAttend(visibility, config)
+        return Layout(row_M[order_M], column_M[order_M], attend, order_M.argsort()[at_BT])
+    longest, rest = max(groups.prefix_G), max(1, int((read_B - shared_B).max()))
+    attend = SharedPrefixAttend(
+        config,
+        groups,
+        group_m * longest + prefix_column_m,
+        row_m * rest + rest_column_m - shared_B[row_m],
+        rest,
     )
+    return Layout(row_M, column_M, attend, at_BT)
+
+
+def _in_pre_order(unit_M: Tensor, within_M: Tensor, column_M: Tensor) -> tuple[Tensor, Visibility]:
+    """Prefixes (`within_M` 0), each followed by the rests (1, 2, …) of its rows, unit by unit: the
+    order of the tokens, and who sees whom then."""
+    run_M, order_M = (unit_M * (within_M.max() + 1) + within_M).sort(stable=True)
+    unit_M, within_M = unit_M[order_M].contiguous(), within_M[order_M]
+    end_of_unit_M = torch.searchsorted(unit_M, unit_M, right=True)
+    end_of_run_M = torch.searchsorted(run_M, run_M, right=True)
+    tout_M = torch.where(within_M == 0, end_of_unit_M, end_of_run_M)
+    return order_M, Visibility(tout_M, column_M[order_M])
 
 
 def _count(mask_XT: Tensor) -> Tensor:
@@ -160,11 +183,17 @@ class SharedPrefixAttend:
     """
 
     def __init__(
-        self, groups: Groups, prefix_place_M: Tensor, rest_place_M: Tensor, rest: int
+        self,
+        config: ModelConfig,
+        groups: Groups,
+        prefix_place_M: Tensor,
+        rest_place_M: Tensor,
+        rest: int,
     ) -> None:
         device = rest_place_M.device
+        self.config = config
         batch, longest = len(groups.group_B), max(groups.prefix_G)
-        self.prefixes = PackedAttend(len(groups.prefix_G), longest, prefix_place_M)
+        self.prefixes = PackedAttend(config, len(groups.prefix_G), longest, prefix_place_M)
         self.prefix_shape = (len(groups.prefix_G), longest)
         self.cut = len(prefix_place_M)
         self.rest_place_M, self.shape = rest_place_M, (batch, rest)
@@ -174,7 +203,7 @@ class SharedPrefixAttend:
         )
         prefix_BP = torch.arange(longest, device=device) < seen_B[:, None]
         if bool((seen_B == seen_B[0]).all()):
-            prefix_BP = prefix_BP[:1]
+            prefix_BP, seen_B = prefix_BP[:1], seen_B[:1]
         causal_CC = torch.ones(rest, rest, dtype=torch.bool, device=device).tril()
         self.mask_B1CS = torch.cat(
             [
@@ -183,6 +212,20 @@ class SharedPrefixAttend:
             ],
             dim=-1,
         )[:, None]
+        # Positions of the rest's tokens, and of what stands before and among them.
+        self.query_BC = seen_B[:, None] + torch.arange(rest, device=device)
+        prefix_P = torch.arange(longest, device=device).expand(len(seen_B), -1)
+        self.key_BS = torch.cat([prefix_P, self.query_BC], dim=1)
+        self._window_mask_B1CS: Tensor | None = None
+
+    def _mask(self, layer: int) -> Tensor:
+        reach = reach_of(self.config, layer)
+        if reach.window is None:
+            return self.mask_B1CS
+        if self._window_mask_B1CS is None:
+            near_BCS = reach.sees(self.query_BC[:, :, None], self.key_BS[:, None])
+            self._window_mask_B1CS = self.mask_B1CS & near_BCS[:, None]
+        return self._window_mask_B1CS
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         cut = self.cut
@@ -193,7 +236,7 @@ class SharedPrefixAttend:
             for x in (q_MND, k_MKD, v_MKD)
         )
         k, v = (self._behind_prefix(x[:cut], y) for x, y in ((k_MKD, k), (v_MKD, v)))
-        out = scaled_attention(q, k, v, self.mask_B1CS, causal=False)
+        out = scaled_attention(q, k, v, self._mask(layer), causal=False)
         of_rests = pick(out.transpose(1, 2).flatten(0, 1).flatten(1), self.rest_place_M)
         return torch.cat([of_prefixes, of_rests])
 

@@ -1,4 +1,4 @@
-"""The MiniMax-M2 transformer: pre-norm blocks of full attention and mixture of experts.
+"""The MiniMax-M2 transformer: pre-norm blocks of attention and mixture of experts.
 
 Shapes: B rows, T columns, M = B·T tokens, H hidden size, V vocabulary.
 Source of the forward pass: the released configuration and transformers' `minimax_m2` (see docs).
@@ -13,15 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import (
-    Attend,
-    Attention,
-    CachedAttend,
-    CausalAttend,
-    KVCache,
-    RMSNorm,
-    rotary_table,
-)
+from model.attention import Attend, Attention, CausalAttend, RMSNorm, rotary_table
+from model.cache import CachedAttend, KVCache
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.moe import MoE, float_of
@@ -50,8 +43,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
         super().__init__()
-        if not config.is_released_kind:
-            raise ModelError("config: only the released architecture can be run yet")
+        if not config.has_released_experts:
+            raise ModelError("config: only the released architecture's experts can be run yet")
         self.config = config
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -133,7 +126,7 @@ class Transformer(nn.Module):
             position_BT = (position_BT - pad_left_B[:, None]).clamp_min(0)
         attend: Attend
         if cache is None:
-            attend = CausalAttend(batch, time, pad_left_B)
+            attend = CausalAttend(self.config, batch, time, pad_left_B)
         else:
             attend = CachedAttend(cache, batch, time, pad_left_B)
         x_MH = self.run(ids_BT.flatten(), position_BT.flatten(), attend)

@@ -23,6 +23,7 @@ from model.native.build import NativeUnavailableError, load_library
 from model.native.memory import prefer_large_pages
 from model.sampling import Sampler
 from model.transformer import Transformer
+from model.window import has_windows
 
 CHUNK = 256  # tokens a call: their activations stay in the processor's cache
 MOST_HIDDEN = 1024  # a wider model is better off with products on all cores
@@ -32,7 +33,8 @@ _LINE = 64  # bytes
 class Cache(Protocol):
     """Keys and values, `data` (L, 2, B, K, S, D)."""
 
-    data: Tensor
+    @property
+    def data(self) -> Tensor: ...
 
 
 class Places(Protocol):
@@ -113,6 +115,8 @@ class NativeModel:
             raise NativeUnavailableError(
                 f"hidden_size {config.hidden_size} is more than {MOST_HIDDEN}"
             )
+        if has_windows(config):
+            raise NativeUnavailableError("the model has window layers")
         self.config = config
         self._library = load_library()
         self._declare()

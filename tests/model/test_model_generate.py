@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_model import CONFIG, VOCAB
 
-from model.attention import KVCache
+from model.cache import KVCache
 from model.errors import ModelError
 from model.generate import Engine, GenRequest
 from model.scoring import score_tokens, token_logprobs

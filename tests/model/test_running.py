@@ -238,7 +238,7 @@ def test_likeliest_tokens_and_scores_of_the_prompt(policy: Transformer) -> None:
 def test_packed_weights_give_the_models_numbers(policy: Transformer, tokens: int) -> None:
     packed = PackedModel(policy)
     ids = torch.arange(tokens) * 5 % VOCAB
-    attend = CausalAttend(1, tokens)
+    attend = CausalAttend(CONFIG, 1, tokens)
     expected = policy.head(policy.run(ids, torch.arange(tokens), attend))
     got = packed.head(packed.run(ids, torch.arange(tokens), attend))
     assert expected.std() > 0.5

@@ -93,7 +93,7 @@ def test_scores_and_gradients_equal_those_of_rows_alone(seed: int) -> None:
 def test_a_group_of_samples_costs_its_prompt_once() -> None:
     prompt = list(range(30))
     rows = [prompt + [40 + i] * 5 for i in range(8)]
-    layout = lay_out(*padded(rows))
+    layout = lay_out(*padded(rows), CONFIG, tree=False)
     assert len(layout.row_M) == 30 + 8 * 4  # a row's last token predicts nothing
 
 
@@ -103,7 +103,7 @@ def test_rows_with_little_in_common_are_packed_plainly(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shared_prefix, "SharedPrefixAttend", refuse)
     rows = [[1, *[b] * 20] for b in range(2, 6)]
-    assert len(lay_out(*padded(rows)).row_M) == 4 * 20
+    assert len(lay_out(*padded(rows), CONFIG, tree=False).row_M) == 4 * 20
 
 
 def saved_by(partition: Sequence[Rows]) -> int:
