@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_model import CONFIG as SMALL
-from small_model import VOCAB, make_uneven
+from small_model import make_uneven
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from trees import NaiveAttend, naive_attention, random_calls, tree_of
@@ -25,9 +25,7 @@ from model.visible import (
 )
 from model.window import EVERYTHING, Reach
 
-HYBRID = replace(
-    SMALL, attn_type_list=(WINDOW, FULL, WINDOW), sliding_window=5, num_sink_tokens=2
-)
+HYBRID = replace(SMALL, attn_type_list=(WINDOW, FULL, WINDOW), sliding_window=5, num_sink_tokens=2)
 REACHES = [EVERYTHING, Reach(5, 2), Reach(33), Reach(70, 20)]
 
 
@@ -45,7 +43,7 @@ def dense_blocks(counts, indices, blocks):
 
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_block_mask_is_the_librarys(seed, block, reach):
     made = forest(seed).visibility if seed else row_visibility([300])
     blocks = -(-len(made) // block) + seed % 2
@@ -84,9 +82,7 @@ def test_flex_attention_by_these_masks_equals_the_dense_rule(reach):
     made = forest(3)
     own = len(made.ids_M)
     visibility = made.visibility.padded(-(-own // 128) * 128)
-    q, k, v = (
-        torch.randn(len(visibility), heads, 16, generator=generator) for heads in (4, 2, 2)
-    )
+    q, k, v = (torch.randn(len(visibility), heads, 16, generator=generator) for heads in (4, 2, 2))
     out = flex(q, k, v, block_mask(visibility, reach), flex_attention)
     for path in made.places:
         wide = (x[path].double() for x in (q, k, v))
@@ -204,4 +200,3 @@ def test_wrong_shapes_are_told_and_nothing_is_no_trouble():
         attend(0, x, x, x)
     nothing = VisibleAttend(row_visibility([0, 0]), SMALL)
     assert nothing(0, x[:0], x[:0, :2], x[:0, :2]).shape == (0, 64)
-    assert VOCAB > 0
