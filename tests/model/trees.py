@@ -64,16 +64,15 @@ def tree_of(calls: list[list[int]]) -> Tree:
 
 
 def naive_attention(q_TND, k_TKD, v_TKD, window=None, sinks=0):
-    """One text by itself, one query and one head at a time; (T, N·D)."""
-    out = torch.zeros_like(q_TND)
+    """One text by itself, one query at a time; (T, N·D)."""
     share = q_TND.shape[1] // k_TKD.shape[1]
-    for t in range(len(q_TND)):
+    k_TND, v_TND = (x.repeat_interleave(share, dim=1) for x in (k_TKD, v_TKD))
+    out = []
+    for t, q_ND in enumerate(q_TND):
         near = [s for s in range(t + 1) if window is None or t - s < window or s < sinks]
-        for n in range(q_TND.shape[1]):
-            k_SD, v_SD = k_TKD[near, n // share], v_TKD[near, n // share]
-            score_S = k_SD @ q_TND[t, n] / q_TND.shape[-1] ** 0.5
-            out[t, n] = score_S.softmax(0) @ v_SD
-    return out.flatten(1)
+        score_SN = (k_TND[near] * q_ND).sum(-1) / q_TND.shape[-1] ** 0.5
+        out.append((score_SN.softmax(0)[..., None] * v_TND[near]).sum(0))
+    return torch.stack(out).flatten(1)
 
 
 class NaiveAttend:
