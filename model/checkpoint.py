@@ -45,6 +45,10 @@ def disk_tensors(model: Transformer) -> dict[str, Tensor]:
             out[f"{expert}.w1.weight"] = moe.w13_EOH.data[e, :width]
             out[f"{expert}.w3.weight"] = moe.w13_EOH.data[e, width:]
             out[f"{expert}.w2.weight"] = moe.w2_EIH.data[e].t()
+        if moe.shared_w13_QH is not None and moe.shared_w2_HS is not None:
+            shared, w1_w3 = f"{at}.block_sparse_moe.shared_experts", moe.shared_w13_QH.data
+            out[f"{shared}.w1.weight"], out[f"{shared}.w3.weight"] = w1_w3.chunk(2)
+            out[f"{shared}.w2.weight"] = moe.shared_w2_HS.data
     out["model.norm.weight"] = model.norm.weight.data
     out["lm_head.weight"] = model.lm_head.data
     return out

@@ -108,6 +108,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             out[f"{moe}.experts.{e}.w1.weight"] = (width, d)
             out[f"{moe}.experts.{e}.w3.weight"] = (width, d)
             out[f"{moe}.experts.{e}.w2.weight"] = (d, width)
+        if shared := config.shared_intermediate_size:
+            out[f"{moe}.shared_experts.w1.weight"] = (shared, d)
+            out[f"{moe}.shared_experts.w3.weight"] = (shared, d)
+            out[f"{moe}.shared_experts.w2.weight"] = (d, shared)
     return out | {"model.norm.weight": (d,), "lm_head.weight": (config.vocab_size, d)}
 
 

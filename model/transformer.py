@@ -17,7 +17,7 @@ from model.attention import Attend, Attention, CausalAttend, RMSNorm, rotary_tab
 from model.cache import CachedAttend, KVCache
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.moe import MoE, float_of
+from model.moe import MoE, RoutingTape, float_of
 
 
 class Block(nn.Module):
@@ -28,11 +28,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.block_sparse_moe = MoE(config)
+        self.block_sparse_moe = MoE(config, layer)
 
-    def forward(self, x_MH: Tensor, cos_M1r: Tensor, sin_M1r: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        x_MH: Tensor,
+        cos_M1r: Tensor,
+        sin_M1r: Tensor,
+        attend: Attend,
+        tape: RoutingTape | None = None,
+    ) -> Tensor:
         x_MH = x_MH + self.self_attn(self.input_layernorm(x_MH), cos_M1r, sin_M1r, attend)
-        out_MH: Tensor = x_MH + self.block_sparse_moe(self.post_attention_layernorm(x_MH))
+        out_MH: Tensor = x_MH + self.block_sparse_moe(self.post_attention_layernorm(x_MH), tape)
         return out_MH
 
 
@@ -43,8 +50,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int | None = 0) -> None:
         super().__init__()
-        if not config.has_released_experts:
-            raise ModelError("config: only the released architecture's experts can be run yet")
         self.config = config
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -66,7 +71,7 @@ class Transformer(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            into_stream = name.endswith(("o_proj", "w2_EIH"))
+            into_stream = name.endswith(("o_proj", "w2_EIH", "shared_w2_HS"))
             std = spread / (2 * self.config.num_hidden_layers) ** 0.5 if into_stream else spread
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
@@ -97,14 +102,15 @@ class Transformer(nn.Module):
         *,
         pad_left_B: Tensor | None = None,
         cache: KVCache | None = None,
+        tape: RoutingTape | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the next token, float32 (float64 in a float64 model).
 
         Right-padded rows need nothing: their real columns come out as if alone. Left-padded rows
         name their padding in `pad_left_B`. With a cache, ids are the columns after those it holds,
-        and their keys and values are added to it.
+        and their keys and values are added to it. `tape` notes or forces the choice of experts.
         """
-        return self.head(self.hidden(ids_BT, pad_left_B=pad_left_B, cache=cache))
+        return self.head(self.hidden(ids_BT, pad_left_B=pad_left_B, cache=cache, tape=tape))
 
     def hidden(
         self,
@@ -112,6 +118,7 @@ class Transformer(nn.Module):
         *,
         pad_left_B: Tensor | None = None,
         cache: KVCache | None = None,
+        tape: RoutingTape | None = None,
     ) -> Tensor:
         """Normed hidden states (B, T, H), from which `head` makes logits. See `forward`."""
         batch, time = ids_BT.shape
@@ -129,17 +136,25 @@ class Transformer(nn.Module):
             attend = CausalAttend(self.config, batch, time, pad_left_B)
         else:
             attend = CachedAttend(cache, batch, time, pad_left_B)
-        x_MH = self.run(ids_BT.flatten(), position_BT.flatten(), attend)
+        x_MH = self.run(ids_BT.flatten(), position_BT.flatten(), attend, tape)
         if cache is not None:
             cache.length = start + time
         return x_MH.view(batch, time, -1)
 
-    def run(self, ids_M: Tensor, position_M: Tensor, attend: Attend) -> Tensor:
+    def run(
+        self,
+        ids_M: Tensor,
+        position_M: Tensor,
+        attend: Attend,
+        tape: RoutingTape | None = None,
+    ) -> Tensor:
         """Normed hidden states (M, H) of flat tokens, whatever joins them."""
+        if tape is not None:
+            tape.begin(self.config, len(ids_M))
         x_MH = F.embedding(ids_M, self.embed_tokens)
         cos_M1r, sin_M1r = self.rotary.index_select(1, position_M).to(x_MH.dtype).unsqueeze(2)
         for layer in self.layers:
-            x_MH = layer(x_MH, cos_M1r, sin_M1r, attend)
+            x_MH = layer(x_MH, cos_M1r, sin_M1r, attend, tape)
         normed: Tensor = self.norm(x_MH)
         return normed
 
@@ -154,7 +169,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             layer.block_sparse_moe.track_load(on)
 
-    def balance(self, rate: float) -> None:
+    def balance(self, rate: float, load_LE: Tensor | None = None) -> None:
         """One step of routing-bias balancing in every layer (see `MoE.balance`)."""
-        for layer in self.layers:
-            layer.block_sparse_moe.balance(rate)
+        for i, layer in enumerate(self.layers):
+            layer.block_sparse_moe.balance(rate, None if load_LE is None else load_LE[i])

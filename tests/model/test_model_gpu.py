@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model.config import PRESETS
+from model.experts import loop_experts, sorted_experts
 from model.generate import Engine, GenRequest, Row
-from model.moe import loop_experts, sorted_experts
 from model.running import RunningBatch
 from model.scoring import score_tokens, token_logprobs
 from model.transformer import Transformer
@@ -84,7 +84,7 @@ def test_scores_and_gradients_equal_the_cpu(policy):
         assert (cpu - cuda).norm() < 1e-3 * cpu.norm() + 1e-6
 
 
-@pytest.mark.parametrize("kind", ["padded", "grouped", "loop"])
+@pytest.mark.parametrize("kind", ["padded", "grouped"])
 def test_experts_on_the_gpu(kind):
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if kind == "grouped" else torch.float32

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from model.config import PRESETS
-from model.moe import MoE, dense_experts, loop_experts, run_experts, sorted_experts
+from model.experts import dense_experts, loop_experts, run_experts, sorted_experts
+from model.experts_each import each_experts
+from model.moe import MoE
 
 CONFIG = replace(
     PRESETS["nano"],
@@ -44,11 +46,11 @@ def outcome(function, inputs):
 
 
 @pytest.mark.parametrize("routing", ["uneven", "empty", "all", "one token"])
-@pytest.mark.parametrize("way", ["padded", "sorted loop", "dense"])
+@pytest.mark.parametrize("way", ["padded", "each", "dense"])
 def test_every_way_equals_the_loop_in_float64(way, routing):
     ways = {
         "padded": lambda *a: sorted_experts(*a, "padded"),
-        "sorted loop": lambda *a: sorted_experts(*a, "loop"),
+        "each": each_experts,
         "dense": dense_experts,
     }
     out, grads = outcome(ways[way], case(routing))
