@@ -19,6 +19,9 @@ from model.experts_fused import can_fuse, fused_experts
 # Up to this many tokens × experts, computing every expert for every token is cheap on a GPU, and it
 # needs no look at the routing by the host: the one way that a CUDA graph can hold in float32.
 DENSE_LIMIT = 4096
+# On a CPU, with fewer multiplications than this for each expert in one of its products, calls cost
+# more than arithmetic, and one grouped product is better than a loop (measured: benchmarks.moe).
+CALLS_LIMIT = 6e6
 # Padding is given up for a loop when it would make the products this much larger than needed.
 PADDING_LIMIT = 3.0
 
@@ -35,18 +38,21 @@ def run_experts(
     """
     inputs = x_MH, weights_Mk, experts_Mk, w13_EOH, w2_EIH
     if not x_MH.is_cuda:
+        work = experts_Mk.numel() * w2_EIH[0].numel() / len(w2_EIH)
+        if x_MH.dtype == torch.float32 and work < CALLS_LIMIT and _has_grouped_product(w2_EIH):
+            return sorted_experts(*inputs, "grouped")
         return each_experts(*inputs)
     if not torch.is_grad_enabled() and len(x_MH) * len(w13_EOH) <= DENSE_LIMIT:
         return dense_experts(*inputs)
     if can_fuse(x_MH, w2_EIH):
         return fused_experts(*inputs)
-    return sorted_experts(*inputs, "grouped" if _has_grouped_product(x_MH, w2_EIH) else "padded")
+    grouped = x_MH.dtype == torch.bfloat16 and _has_grouped_product(w2_EIH)
+    return sorted_experts(*inputs, "grouped" if grouped else "padded")
 
 
-def _has_grouped_product(x_MH: Tensor, w2_EIH: Tensor) -> bool:
-    """Whether torch has a kernel here: bfloat16, rows in multiples of 16 bytes."""
-    aligned = all(size % 8 == 0 for size in w2_EIH.shape[1:])
-    return x_MH.dtype == torch.bfloat16 and aligned
+def _has_grouped_product(w2_EIH: Tensor) -> bool:
+    """Whether torch's grouped product takes these sizes: rows in multiples of 16 bytes."""
+    return all(n * w2_EIH.itemsize % 16 == 0 for n in w2_EIH.shape[1:])
 
 
 def loop_experts(

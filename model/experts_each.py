@@ -4,8 +4,8 @@ An expert's rows, weights and gradients stay in the processor's cache from its f
 last. Short types are multiplied in float32, which CPUs do faster than their own; sums over a
 token's experts are in float32 too.
 
-Shapes: M tokens, k experts a token, P = M·k pairs sorted by expert, r rows of one expert, H hidden
-size, I expert width, O = 2·I.
+Shapes: M tokens, k experts a token, P = M·k pairs sorted by expert, r rows of one expert, C the
+most of them, H hidden size, I expert width, O = 2·I.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.native.memory import prefer_large_pages
+
+_LARGE = 8 << 20  # bytes
 
 
 def each_experts(
@@ -44,16 +46,19 @@ class _Each(torch.autograd.Function):
         counts = torch.bincount(sorted_P, minlength=len(w13_EOH)).tolist()
         source_P = order_P.div(top_k, rounding_mode="floor")
         weight_P1 = weights_Mk.flatten().index_select(0, order_P)[:, None].to(wide)
-        up_PO = x_MH.new_empty(len(order_P), w13_EOH.shape[1])
-        y_PH = x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide)
+        up_PO = _on_large_pages(x_MH.new_empty(len(order_P), w13_EOH.shape[1]))
+        y_PH = _on_large_pages(x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide))
         w13_OH, w2_IH = _room(w13_EOH, wide), _room(w2_EIH, wide)
+        x_CH = x_MH.new_empty(max(counts), x_MH.shape[1])
         for e, rows in _groups(counts):
-            x_rH = x_MH.index_select(0, source_P[rows]).to(wide)
-            up_rO = torch.mm(x_rH, _widened(w13_EOH[e], w13_OH).t())
+            x_rH = _rows_of(x_MH, source_P[rows], x_CH, wide)
+            up_rO = up_PO[rows] if w13_OH is None else x_rH.new_empty(len(x_rH), up_PO.shape[1])
+            torch.mm(x_rH, _widened(w13_EOH[e], w13_OH).t(), out=up_rO)
             gate_rI, value_rI = up_rO.chunk(2, dim=-1)
             h_rI = F.silu(gate_rI).mul_(value_rI).mul_(weight_P1[rows])
             torch.mm(h_rI, _widened(w2_EIH[e], w2_IH), out=y_PH[rows])
-            up_PO[rows] = up_rO
+            if w13_OH is not None:
+                up_PO[rows] = up_rO
         ctx.save_for_backward(x_MH, weight_P1, order_P, source_P, up_PO, w13_EOH, w2_EIH)
         ctx.counts, ctx.weights_dtype = counts, weights_Mk.dtype
         return _combine(y_PH, order_P, top_k).to(x_MH.dtype)
@@ -65,13 +70,16 @@ class _Each(torch.autograd.Function):
         needs_x, needs_weights, _, needs_w13, needs_w2 = ctx.needs_input_grad
         grad_w13_EOH = _gradient_of(w13_EOH, ctx.counts) if needs_w13 else None
         grad_w2_EIH = _gradient_of(w2_EIH, ctx.counts) if needs_w2 else None
-        grad_x_PH = x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide) if needs_x else None
+        grad_x_PH = None
+        if needs_x:
+            grad_x_PH = _on_large_pages(x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide))
         grad_weight_P = torch.empty_like(weight_P1[:, 0])
         w13_OH, w2_IH = _room(w13_EOH, wide), _room(w2_EIH, wide)
+        x_CH = x_MH.new_empty(max(ctx.counts), x_MH.shape[1])
         for e, rows in _groups(ctx.counts):
             source_r, weight_r1 = source_P[rows], weight_P1[rows]
             gate_rI, value_rI = up_PO[rows].to(wide).chunk(2, dim=-1)
-            grad_rH = grad_MH.index_select(0, source_r).to(wide)
+            grad_rH = _rows_of(grad_MH, source_r, x_CH, wide)
             grad_rI = torch.mm(grad_rH, _widened(w2_EIH[e], w2_IH).t())
             silu_rI = F.silu(gate_rI)
             h_rI = silu_rI * value_rI
@@ -83,11 +91,11 @@ class _Each(torch.autograd.Function):
             grad_gate_rI, grad_value_rI = grad_up_rO.chunk(2, dim=-1)
             torch.mul(silu_rI, grad_rI, out=grad_value_rI)
             inner_rI = grad_rI.mul_(value_rI)
-            grad_gate_rI.copy_(torch.ops.aten.silu_backward(inner_rI, gate_rI))
+            torch.ops.aten.silu_backward(inner_rI, gate_rI, grad_input=grad_gate_rI)
             if grad_x_PH is not None:
                 torch.mm(grad_up_rO, _widened(w13_EOH[e], w13_OH), out=grad_x_PH[rows])
             if grad_w13_EOH is not None:
-                x_rH = x_MH.index_select(0, source_r).to(wide)
+                x_rH = _rows_of(x_MH, source_r, x_CH, wide)
                 _product(grad_up_rO.t(), x_rH, grad_w13_EOH[e], w13_OH)
         grad_weights_Mk = None
         if needs_weights:
@@ -101,6 +109,11 @@ class _Each(torch.autograd.Function):
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows_of(x_MH: Tensor, source_r: Tensor, x_CH: Tensor, wide: torch.dtype) -> Tensor:
+    """Some tokens, in the type of the products. `x_CH` is memory for them, used over and over."""
+    return torch.index_select(x_MH, 0, source_r, out=x_CH[: len(source_r)]).to(wide)
 
 
 def _room(w_EAB: Tensor, wide: torch.dtype) -> Tensor | None:
@@ -120,12 +133,19 @@ def _product(a: Tensor, b: Tensor, out: Tensor, room: Tensor | None) -> None:
 
 def _gradient_of(w_EAB: Tensor, counts: list[int]) -> Tensor:
     """A gradient in the strides of its weight, zero for experts without tokens."""
-    grad_EAB = torch.empty_like(w_EAB)
-    prefer_large_pages(grad_EAB)  # it is large and new each time: the system gives it page by page
+    grad_EAB = _on_large_pages(torch.empty_like(w_EAB))
     for e, count in enumerate(counts):
         if not count:
             grad_EAB[e].zero_()
     return grad_EAB
+
+
+def _on_large_pages(fresh: Tensor) -> Tensor:
+    """A tensor that nothing was written to yet. Were it large and on small pages, getting them from
+    the system one by one would take longer than writing it."""
+    if fresh.nbytes >= _LARGE:
+        prefer_large_pages(fresh)
+    return fresh
 
 
 def _combine(y_PH: Tensor, order_P: Tensor, top_k: int) -> Tensor:
