@@ -93,6 +93,31 @@ def test_the_way_chosen_here_is_right_for_every_type_and_size(dtype, tokens):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_weights_stay_in_float32_and_so_does_their_gradient(dtype):
+    x, weights, ids, w13, w2 = case("uneven", dtype)
+    precise = weights.detach().float().add(1e-4).requires_grad_()  # bfloat16 would lose this
+    out = run_experts(x, precise, ids, w13, w2)
+    (grad,) = torch.autograd.grad(out.float().sum(), [precise])
+    wide = [t.detach().double() for t in (x, precise, w13, w2)]
+    wide[1].requires_grad_()
+    expected = loop_experts(wide[0], wide[1], ids, wide[2], wide[3])
+    (expected_grad,) = torch.autograd.grad(expected.sum(), [wide[1]])
+    assert out.dtype == dtype and grad.dtype == torch.float32
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(grad.double(), expected_grad, atol=tolerance, rtol=tolerance)
+
+
+def test_gradients_have_the_strides_of_their_weights_and_zeros_where_no_token_came():
+    x, weights, ids, w13, w2 = case("empty")
+    turned = w13.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    out = each_experts(x, weights, ids, turned, w2)
+    grads = torch.autograd.grad(out.sum(), [turned, w2])
+    for grad, weight in zip(grads, [turned, w2], strict=True):
+        assert grad.stride() == weight.stride()
+        assert not grad[4].any() and grad[:4].any()
+
+
 def moe(seed=0):
     layer = MoE(CONFIG)
     generator = torch.Generator().manual_seed(seed)
