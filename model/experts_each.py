@@ -47,7 +47,7 @@ class _Each(torch.autograd.Function):
         source_P = order_P.div(top_k, rounding_mode="floor")
         weight_P1 = weights_Mk.flatten().index_select(0, order_P)[:, None].to(wide)
         up_PO = _on_large_pages(x_MH.new_empty(len(order_P), w13_EOH.shape[1]))
-        y_PH = _on_large_pages(x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide))
+        out_MH = torch.zeros_like(x_MH, dtype=wide)
         w13_OH, w2_IH = _room(w13_EOH, wide), _room(w2_EIH, wide)
         x_CH = x_MH.new_empty(max(counts), x_MH.shape[1])
         for e, rows in _groups(counts):
@@ -56,23 +56,21 @@ class _Each(torch.autograd.Function):
             torch.mm(x_rH, _widened(w13_EOH[e], w13_OH).t(), out=up_rO)
             gate_rI, value_rI = up_rO.chunk(2, dim=-1)
             h_rI = F.silu(gate_rI).mul_(value_rI).mul_(weight_P1[rows])
-            torch.mm(h_rI, _widened(w2_EIH[e], w2_IH), out=y_PH[rows])
+            out_MH.index_add_(0, source_P[rows], torch.mm(h_rI, _widened(w2_EIH[e], w2_IH)))
             if w13_OH is not None:
                 up_PO[rows] = up_rO
         ctx.save_for_backward(x_MH, weight_P1, order_P, source_P, up_PO, w13_EOH, w2_EIH)
-        ctx.counts, ctx.weights_dtype = counts, weights_Mk.dtype
-        return _combine(y_PH, order_P, top_k).to(x_MH.dtype)
+        ctx.counts, ctx.weights = counts, (weights_Mk.shape, weights_Mk.dtype)
+        return out_MH.to(x_MH.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
         x_MH, weight_P1, order_P, source_P, up_PO, w13_EOH, w2_EIH = ctx.saved_tensors
-        wide, top_k = _wide(x_MH), len(order_P) // max(len(x_MH), 1)
+        wide, (shape, kind) = _wide(x_MH), ctx.weights
         needs_x, needs_weights, _, needs_w13, needs_w2 = ctx.needs_input_grad
         grad_w13_EOH = _gradient_of(w13_EOH, ctx.counts) if needs_w13 else None
         grad_w2_EIH = _gradient_of(w2_EIH, ctx.counts) if needs_w2 else None
-        grad_x_PH = None
-        if needs_x:
-            grad_x_PH = _on_large_pages(x_MH.new_empty(len(order_P), x_MH.shape[1], dtype=wide))
+        grad_x_MH = torch.zeros_like(x_MH, dtype=wide) if needs_x else None
         grad_weight_P = torch.empty_like(weight_P1[:, 0])
         w13_OH, w2_IH = _room(w13_EOH, wide), _room(w2_EIH, wide)
         x_CH = x_MH.new_empty(max(ctx.counts), x_MH.shape[1])
@@ -92,18 +90,18 @@ class _Each(torch.autograd.Function):
             torch.mul(silu_rI, grad_rI, out=grad_value_rI)
             inner_rI = grad_rI.mul_(value_rI)
             torch.ops.aten.silu_backward(inner_rI, gate_rI, grad_input=grad_gate_rI)
-            if grad_x_PH is not None:
-                torch.mm(grad_up_rO, _widened(w13_EOH[e], w13_OH), out=grad_x_PH[rows])
+            if grad_x_MH is not None:
+                grad_x_rH = torch.mm(grad_up_rO, _widened(w13_EOH[e], w13_OH))
+                grad_x_MH.index_add_(0, source_r, grad_x_rH)
             if grad_w13_EOH is not None:
                 x_rH = _rows_of(x_MH, source_r, x_CH, wide)
                 _product(grad_up_rO.t(), x_rH, grad_w13_EOH[e], w13_OH)
         grad_weights_Mk = None
         if needs_weights:
             flat_P = torch.empty_like(grad_weight_P).index_copy_(0, order_P, grad_weight_P)
-            grad_weights_Mk = flat_P.view(len(x_MH), top_k).to(ctx.weights_dtype)
-        grad_x_MH = None
-        if grad_x_PH is not None:
-            grad_x_MH = _combine(grad_x_PH, order_P, top_k).to(x_MH.dtype)
+            grad_weights_Mk = flat_P.view(shape).to(kind)
+        if grad_x_MH is not None:
+            grad_x_MH = grad_x_MH.to(x_MH.dtype)
         return grad_x_MH, grad_weights_Mk, None, grad_w13_EOH, grad_w2_EIH
 
 
@@ -146,13 +144,6 @@ def _on_large_pages(fresh: Tensor) -> Tensor:
     if fresh.nbytes >= _LARGE:
         prefer_large_pages(fresh)
     return fresh
-
-
-def _combine(y_PH: Tensor, order_P: Tensor, top_k: int) -> Tensor:
-    """(M, H): each token's rows, wherever they were sorted to, added up."""
-    slot_P = torch.empty_like(order_P)
-    slot_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-    return F.embedding_bag(slot_P.view(-1, top_k), y_PH, mode="sum")
 
 
 def _groups(counts: list[int]) -> list[tuple[int, slice]]:

@@ -31,6 +31,8 @@ def case(routing, dtype=torch.float64, tokens=17, seed=0):
         ids[:, 0], ids[:, 1] = 3, torch.arange(tokens) % 3
     elif routing == "one token":
         ids = ids[:1]
+    elif routing == "no token":
+        ids = ids[:0]
     shapes = [(len(ids), hidden), (len(ids), k), (count, 2 * width, hidden), (count, width, hidden)]
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     tensors = [(0.4 * t).to(dtype) for t in tensors]
@@ -106,6 +108,13 @@ def test_routing_weights_stay_in_float32_and_so_does_their_gradient(dtype):
     assert out.dtype == dtype and grad.dtype == torch.float32
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(grad.double(), expected_grad, atol=tolerance, rtol=tolerance)
+
+
+def test_no_tokens_give_no_rows_and_zero_gradients():
+    out, grads = outcome(run_experts, case("no token"))
+    assert out.shape == (0, 20)
+    assert [g.shape for g in grads] == [(0, 20), (0, 2), (5, 24, 20), (5, 12, 20)]
+    assert not any(g.any() for g in grads)
 
 
 def test_gradients_have_the_strides_of_their_weights_and_zeros_where_no_token_came():
