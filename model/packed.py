@@ -85,10 +85,10 @@ class PackedModel:
 
     @staticmethod
     def suits(model: Transformer) -> bool:
-        """True where this computes the same and faster: the released architecture on a CPU, with
-        weights of full width."""
+        """True where this computes the same and faster: the released kind of experts on a CPU,
+        with weights of full width."""
         wide = model.dtype in (torch.float32, torch.float64)
-        return model.config.is_released_kind and model.device.type == "cpu" and wide
+        return model.config.has_released_experts and model.device.type == "cpu" and wide
 
     def run(self, ids_M: Tensor, position_M: Tensor, attend: Attend) -> Tensor:
         """Hidden states (M, H) of flat tokens for `head`. They are normed, like those of

@@ -111,8 +111,8 @@ class NativeModel:
             raise NativeUnavailableError(
                 f"the model is {_name(model.dtype)} on {model.device.type}, not float32 on a CPU"
             )
-        if not config.is_released_kind:
-            raise NativeUnavailableError("the model has parts that native code does not compute")
+        if not config.has_released_experts:
+            raise NativeUnavailableError("experts not of the kind that native code computes")
         if config.hidden_size > MOST_HIDDEN:
             raise NativeUnavailableError(
                 f"hidden_size {config.hidden_size} is more than {MOST_HIDDEN}"
