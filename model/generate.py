@@ -69,6 +69,8 @@ class GenRequest:
     prompt_logprobs: bool = False
 
 
+Finish = Literal["stop", "length", "abort"]
+
 Top = list[tuple[int, float]]
 """The likeliest ids of one place and their log-probs, best first."""
 
@@ -85,18 +87,20 @@ class PromptScores:
 @dataclass(frozen=True)
 class Generation:
     """The new ids and, for each, its log-prob under the unmasked softmax at the request's
-    temperature (at temperature 1 for a greedy request); `version` is that of the weights and
-    `cached` how many prompt tokens were not computed for this request. `top` and `prompt` are there
-    if the request asks for them."""
+    temperature (at temperature 1 for a greedy request). `versions` are spans (start, end, version
+    of the weights that made these ids), of which `version` is the last; `cached` is how many prompt
+    tokens were not computed for this request. `top` and `prompt` are there if the request asks for
+    them. "abort": it was ended from outside."""
 
     ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     constrained: bool
     version: int
     cached: int = 0
     top: list[Top] = field(default_factory=list)
     prompt: PromptScores | None = None
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Engine:
@@ -255,7 +259,7 @@ class Piece:
 @dataclass(eq=False)
 class Row:
     """What one request has so far; `cached`, `top` and `prompt` as in `Generation`. An `error` of
-    its constraint ends it."""
+    its constraint ends it. `versions` are pairs: from this id on, these weights."""
 
     request: GenRequest
     cached: int = 0
@@ -263,8 +267,9 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     top: list[Top] = field(default_factory=list)
     prompt: PromptScores | None = None
-    finish: Literal["stop", "length"] | None = None
+    finish: Finish | None = None
     error: Exception | None = None
+    versions: list[tuple[int, int]] = field(default_factory=list)
 
     def mask(self) -> Tensor | None:
         """Allowed ids (V), or None for all; a row whose constraint allows none ends here."""
@@ -306,18 +311,25 @@ class Row:
         return Piece(self.ids[told:], self.logprobs[told:], self.top[told:], prompt)
 
     def result(self, version: int) -> Generation:
-        """The answer, once the row has ended. Raises what its constraint raised."""
+        """The answer, once the row has ended. Raises what its constraint raised.
+
+        `version` is that of the weights, for a row that was not told.
+        """
         if self.error is not None:
             raise self.error
+        begun = self.versions or [(0, version)]
+        ends = [*(start for start, _ in begun[1:]), len(self.ids)]
+        spans = [(a, b, made) for (a, made), b in zip(begun, ends, strict=True) if a < b]
         return Generation(
             self.ids,
             self.logprobs,
             self.finish or "length",
             self.request.constraint is not None,
-            version,
+            spans[-1][2] if spans else version,
             self.cached,
             self.top,
             self.prompt,
+            spans,
         )
 
 

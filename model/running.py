@@ -1,7 +1,8 @@
 """The running batch: requests join it and leave it between two token steps.
 
-A step draws one token for every row, drops the rows that ended, and feeds the rest. Prompts are
-read when their requests join, as far as the prefix cache does not know them. One thread at a time.
+A step reads the next tokens of prompts that are not whole yet, draws one token for every row whose
+prompt is, drops the rows that ended, and feeds the rest. What is fed is always the same thing: rows
+with some new tokens each, behind the columns that they hold. One thread at a time.
 
 Shapes: B rows, M tokens, H hidden size, V vocabulary.
 """
@@ -9,6 +10,7 @@ Shapes: B rows, M tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,18 +18,21 @@ from torch import Tensor
 
 from model.decode import SlotGraph
 from model.errors import ModelError
-from model.generate import Engine, GenRequest, PromptScores, Row, Top, allowed_ids, sampler_of
+from model.generate import Engine, GenRequest, Row, allowed_ids
+from model.likeliest import give_likeliest, score_piece
 from model.moe import float_of, needs_no_host
 from model.native.build import NativeUnavailableError
 from model.native.step import NativeModel
 from model.packed import PACKED_TOKENS, PackedModel
 from model.prefix_cache import BLOCK, Key, PrefixCache
-from model.sampling import Sampler, uniforms
+from model.reload import NewWeights
+from model.sampling import uniforms
 from model.slots import JoinAttend, SlotAttend, SlotCache
+from model.step_inputs import StepInputs
+from model.transformer import Transformer
 from model.window import has_windows
 
-JOIN_TOKENS = 2048  # prompt tokens read at most between two steps (or one prompt, if it is longer)
-SCORE_TOKENS = 256  # logits of a prompt's tokens are made for this many at a time
+PREFILL_TOKENS = 512  # prompt tokens read between two decode steps
 
 
 class Runner(Protocol):
@@ -59,13 +64,28 @@ class _Forward(Protocol):
     def head(self, x: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A prompt's tokens from `start` to `end`. `found` blocks of the prefix cache come before."""
+
+    row: Row
+    start: int
+    end: int
+    found: list[Key]
+
+    @property
+    def whole(self) -> bool:
+        return self.end == len(self.row.request.prompt_ids)
+
+
 class RunningBatch:
     """Generates for up to `max_batch` of an engine's requests.
 
     `cache_tokens` bounds rows × columns of the key/value cache, `prefix_tokens` the prefix cache (0
-    turns it off). New weights come through `load` only. With `native` the forward pass is native
-    code where there is any for this model; `path` says so, or why not. Raises ModelError where
-    `cache_tokens` does not hold one row as long as the context.
+    turns it off), `prefill_tokens` how many prompt tokens are read between two decode steps. New
+    weights come through `load` only. With `native` the forward pass is native code where there is
+    any for this model; `path` says so, or why not. Raises ModelError where `cache_tokens` does not
+    hold one row as long as the context, or `prefill_tokens` is below 1.
     """
 
     def __init__(
@@ -75,6 +95,7 @@ class RunningBatch:
         max_batch: int = 64,
         cache_tokens: int = 131_072,
         prefix_tokens: int = 32_768,
+        prefill_tokens: int = PREFILL_TOKENS,
         native: bool = True,
     ) -> None:
         self._engine, self.max_batch, self._cache_tokens = engine, max_batch, cache_tokens
@@ -86,18 +107,27 @@ class RunningBatch:
                 f"a cache of {cache_tokens} tokens does not hold {rows} rows of the context of "
                 f"{columns}; give at least {rows * columns}"
             )
+        if prefill_tokens < 1:
+            raise ModelError(f"prefill_tokens is {prefill_tokens}; it must be ≥ 1")
+        self._prefill_tokens = prefill_tokens
         self._prefix = None
         # A window layer's ring has lost what a prefix would need by the time that it is kept.
         if prefix_tokens >= BLOCK and not has_windows(config):
             self._prefix = PrefixCache(config, prefix_tokens, device, dtype)
         self._wants_native = native
+        self._native: NativeModel | None = None
+        self._graph: SlotGraph | None = None
         self._prepare()
+        # Rows that write, in the cache's first slots; the columns that each holds.
         self._rows: list[Row] = []
-        self._lengths: list[int] = []  # columns in use, a row
-        self._uniforms: list[list[float]] = []
+        self._lengths: list[int] = []
+        self._numbers: list[list[float]] = []
+        # Rows whose prompts are not whole. The next slot holds `_begun` tokens of the first one's.
+        self._reading: list[Row] = []
+        self._begun = 0
         wide = float_of(dtype)
         self._logits_BV = torch.empty(0, config.vocab_size, device=device, dtype=wide)
-        self._sampler: Sampler | None = None  # None after rows came or went
+        self._inputs: StepInputs | None = None  # None after rows came or went
 
     @property
     def version(self) -> int:
@@ -106,8 +136,8 @@ class RunningBatch:
 
     @property
     def running(self) -> int:
-        """Rows in use."""
-        return len(self._rows)
+        """Rows that joined and have not left."""
+        return len(self._rows) + len(self._reading)
 
     @property
     def cache_bytes(self) -> int:
@@ -126,68 +156,41 @@ class RunningBatch:
     def room(self, waiting: Sequence[GenRequest]) -> int:
         """How many of these, from the first on, can join now. Space is kept for all their tokens,
         so no row ever has to leave before its end. At least one joins an empty batch."""
-        columns = max((_most(row.request) for row in self._rows), default=0)
-        prompts = 0
+        columns = self._most_columns()
         for n, request in enumerate(waiting):
             columns = max(columns, _most(request))
-            prompts += len(request.prompt_ids)
-            rows = len(self._rows) + n + 1
+            rows = self.running + n + 1
             size = self._cache.rounded(rows, columns)
-            full = rows > self.max_batch or size[0] * size[1] > self._cache_tokens
-            if full or (n and prompts > JOIN_TOKENS):
+            if rows > self.max_batch or size[0] * size[1] > self._cache_tokens:
                 return n
         return len(waiting)
 
-    @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of new rows; the next step draws their first tokens.
-
-        A prompt that several of them have is read once, and so is a common beginning.
-        """
-        if not rows:
-            return
-        total = len(self._rows) + len(rows)
-        self._fit(total, max(len(row.request.prompt_ids) for row in rows))
-        alike: dict[tuple[tuple[int, ...], bool, int], list[Row]] = {}
-        for row in rows:
-            request = row.request
-            key = (request.prompt_ids, request.prompt_logprobs, request.top_logprobs)
-            alike.setdefault(key, []).append(row)
-        waiting = [same[0] for same in alike.values()]
-        while waiting:
-            now, waiting = self._apart(waiting)
-            self._read(now)
-        for same in alike.values():
-            self._copy(self._rows.index(same[0]), same[1:])
+        """Take new rows in. The steps that follow read their prompts, in this order; a prompt that
+        several of them have is read once, and so is a common beginning."""
+        self._reading.extend(rows)
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One token for every row; returns the rows that ended, which have left the batch.
+        """Some tokens of prompts, and one token for every row whose prompt is whole; returns the
+        rows that ended, which have left the batch.
 
         An error in a row's constraint ends that row alone (`Row.error`).
         """
+        left = self._prefill_tokens
+        while self._reading and left > 0:
+            left -= self._read(left)
         if not self._rows:
             return []
-        rows, device = self._rows, self._engine.device
-        vocab_size = self._engine.model.config.vocab_size
-        if self._sampler is None:
-            self._sampler = sampler_of(rows, vocab_size, device)
-        allowed_BV = None
-        if any(row.request.constraint is not None for row in rows):
-            allowed_BV = allowed_ids(rows, vocab_size, device)
-        uniform_B = torch.tensor(
-            [numbers[len(row.ids)] for numbers, row in zip(self._uniforms, rows, strict=True)],
-            dtype=torch.float64,
-            device=device,
-        )
-        id_B, logp_B = self._draw(self._sampler, uniform_B, allowed_BV)
-        for row, id, logprob in zip(rows, id_B.tolist(), logp_B.tolist(), strict=True):
+        rows = self._rows
+        id_B, ids, logprobs = self._draw()
+        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
             row.add(id, logprob)
         ended = [row for row in rows if row.finish is not None]
         if ended:
             self._keep_prefixes(ended)
             order = self._leave(ended)
-            id_B = id_B[torch.tensor(order, dtype=torch.long, device=device)]
+            id_B = id_B[torch.tensor(order, dtype=torch.long, device=id_B.device)]
         if self._rows:
             self._feed(id_B)
         else:
@@ -196,57 +199,141 @@ class RunningBatch:
 
     @torch.inference_mode()
     def drop(self, rows: Collection[Row]) -> None:
-        """Take these rows out, wherever they are in their replies."""
-        if rows:
-            order = self._leave(rows)
-            index = torch.tensor(order, dtype=torch.long, device=self._engine.device)
-            self._logits_BV = self._logits_BV[index]
+        """Take these rows out, wherever they are in their prompts or replies."""
+        if not rows:
+            return
+        gone = set(rows)
+        if self._reading and self._reading[0] in gone:
+            self._begun = 0
+        for row in self._reading:
+            if row in gone:
+                row.prompt = None  # half a prompt's scores are none
+        self._reading = [row for row in self._reading if row not in gone]
+        order = self._leave(gone)
+        index = torch.tensor(order, dtype=torch.long, device=self._engine.device)
+        self._logits_BV = self._logits_BV[index]
 
     def clear(self) -> None:
         """Take all rows out, whatever state a failed call left them in."""
-        self._rows, self._lengths, self._uniforms = [], [], []
+        self._rows, self._lengths, self._numbers = [], [], []
+        self._reading, self._begun = [], 0
         self._logits_BV = self._logits_BV[:0]
-        self._sampler = None
+        self._inputs = None
 
-    def load(self, source: Any, version: int) -> None:
-        """Use these weights (see `Engine.load`). Raises ModelError while rows are running."""
-        if self._rows:
-            raise ModelError("weights cannot change while replies are being written")
-        self._engine.load(source, version)
+    @torch.inference_mode()
+    def load(self, source: Transformer | NewWeights | Any, version: int) -> None:
+        """Use these weights: a model (not copied), or `NewWeights` or a checkpoint's folder, whose
+        numbers are copied over those in use. Raises ModelError, and then nothing has changed.
+
+        Rows that write go on with the keys and values that they have, and every later token is
+        drawn from the new weights. Prompts that are not whole are read anew.
+        """
+        if isinstance(source, Transformer):
+            self._engine.load(source, version)
+        else:
+            if not isinstance(source, NewWeights):
+                source = NewWeights.read(source, self._engine.model)
+            source.copy_to(self._engine.model)
+            self._engine.version = version
         self._prepare()
         if self._prefix is not None:
             self._prefix.clear()
+        self._begun = 0
+        for row in self._reading:
+            row.cached, row.prompt = 0, None
+        for row in self._rows:
+            row.versions.append((len(row.ids), version))
+        if self._rows:
+            last_B = torch.tensor([row.ids[-1] for row in self._rows], device=self._engine.device)
+            self._lengths = [length - 1 for length in self._lengths]
+            self._inputs = None
+            self._feed(last_B)
 
     def _prepare(self) -> None:
         """What a forward pass needs besides the model; again after its weights have changed."""
         model = self._engine.model
-        self._native: NativeModel | None = None
         self._packed: PackedModel | None = None
-        self._graph: SlotGraph | None = None
+        if self._graph is not None and self._graph.model is not model:
+            self._graph = None
         self._no_native = "native code is turned off"
         if self._wants_native:
             try:
-                self._native = NativeModel(model)
+                if self._native is not None and self._native.config == model.config:
+                    self._native.update(model)
+                else:
+                    self._native = NativeModel(model)
             except NativeUnavailableError as error:
-                self._no_native = str(error)
+                self._native, self._no_native = None, str(error)
         if self._native is None and PackedModel.suits(model):
             self._packed = PackedModel(model)
 
-    def _apart(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Rows to read now, and those that wait because one of them reads their next block."""
-        if self._prefix is None:
-            return list(rows), []
-        now, later = [], []
-        reading: set[Key] = set()
-        for row in rows:
-            key = self._prefix.next_key(row.request.prompt_ids, self._found(row))
-            if key is not None and key in reading and not row.request.prompt_logprobs:
-                later.append(row)
+    def _read(self, most: int) -> int:
+        """One pass over the next tokens of prompts; returns how many, `most` at most."""
+        pieces = self._pieces(most)
+        whole = [piece for piece in pieces if piece.whole]
+        read = {_alike(piece.row): piece for piece in whole}
+        done = {piece.row for piece in pieces}
+        others = [row for row in self._reading if row not in done]
+        twins = [row for row in others if read and _alike(row) in read]
+        first = len(self._rows)
+        longest = max(len(piece.row.request.prompt_ids) for piece in pieces)
+        self._fit(first + len(pieces) + len(twins), longest)
+        data, slots = self._cache.data, range(first, first + len(pieces))
+        for slot, piece in zip(slots, pieces, strict=True):
+            if piece.found:
+                assert self._prefix is not None
+                piece.row.cached = piece.start
+                data[:, :, slot, :, : piece.start] = self._prefix.read(piece.found)
+        counts = [piece.end - piece.start for piece in pieces]
+        ids = [piece.row.request.prompt_ids[piece.start : piece.end] for piece in pieces]
+        forward, x_MH = self._run(first, [piece.start for piece in pieces], ids)
+        for piece, x_TH in zip(pieces, torch.split(x_MH, counts), strict=True):
+            if piece.row.request.prompt_logprobs:
+                score_piece(forward.head, piece.row, piece.start, x_TH)
+        for slot, piece in zip(slots, pieces, strict=True):
+            if self._prefix is not None:
+                self._prefix.put(piece.row.request.prompt_ids[: piece.end], data[:, :, slot])
+        if whole:
+            last = torch.tensor(counts[: len(whole)], device=x_MH.device).cumsum(0) - 1
+            self._logits_BV = torch.cat([self._logits_BV, forward.head(x_MH[last])])
+        self._begun = 0
+        if len(whole) < len(pieces):  # the last piece's row is the next pass's first
+            self._begun = pieces[-1].end
+            if twins:
+                self._cache.move(slots[-1], slots[-1] + len(twins), self._begun)
+        for piece in whole:
+            self._take(piece.row)
+        self._copy([read[_alike(row)].row for row in twins], twins)
+        cut = [piece.row for piece in pieces if not piece.whole]
+        self._reading = cut + [row for row in others if row not in set(twins)]
+        return sum(counts)
+
+    def _pieces(self, most: int) -> list[_Piece]:
+        """Prompts to read on in one pass. All of them become whole but perhaps the last. Rows wait
+        whose prompt, or whose next block, one of these reads."""
+        pieces: list[_Piece] = []
+        prompts: set[object] = set()
+        blocks: set[Key] = set()
+        for row in self._reading:
+            prompt, begun = row.request.prompt_ids, 0 if pieces else self._begun
+            if most < 1:
+                break
+            if _alike(row) in prompts:
                 continue
+            found = self._found(row)
+            if begun:
+                found = found[: begun // BLOCK]
+            key = self._prefix.next_key(prompt, found) if self._prefix is not None else None
+            if key in blocks and not row.request.prompt_logprobs:
+                continue
+            prompts.add(_alike(row))
             if key is not None:
-                reading.add(key)
-            now.append(row)
-        return now, later
+                blocks.add(key)
+            start = begun or len(found) * BLOCK
+            end = min(start + most, len(prompt))
+            pieces.append(_Piece(row, start, end, [] if begun else found))
+            most -= end - start
+        return pieces
 
     def _found(self, row: Row) -> list[Key]:
         """Blocks of a row's prompt that need not be run. The last token always is: its logits are
@@ -255,79 +342,83 @@ class RunningBatch:
             return []
         return self._prefix.find(row.request.prompt_ids[:-1])
 
-    def _read(self, rows: Sequence[Row]) -> None:
-        first, data, device = len(self._rows), self._cache.data, self._engine.device
-        for slot, row in enumerate(rows, start=first):
-            found = self._found(row)
-            row.cached = len(found) * BLOCK
-            if self._prefix and found:
-                data[:, :, slot, :, : row.cached] = self._prefix.read(found)
-        starts = [row.cached for row in rows]
-        counts = [len(row.request.prompt_ids) - row.cached for row in rows]
-        ids = [id for row in rows for id in row.request.prompt_ids[row.cached :]]
-        attend = JoinAttend(self._cache, first, starts, counts)
-        forward = self._forward(len(ids))
-        x_MH = forward.run(torch.tensor(ids, device=device), attend.column_M, attend)
-        last_B = torch.tensor(counts, device=device).cumsum(0) - 1
-        self._logits_BV = torch.cat([self._logits_BV, forward.head(x_MH[last_B])])
-        for row, part_TH in zip(rows, torch.split(x_MH, counts), strict=True):
-            if row.request.prompt_logprobs:
-                row.prompt = _scores(forward, row.request, part_TH)
-        for slot, row in enumerate(rows, start=first):
-            if self._prefix is not None:
-                self._prefix.put(row.request.prompt_ids, data[:, :, slot])
-            self._take(row)
+    def _run(
+        self, first: int, starts: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> tuple[_Forward, Tensor]:
+        """Hidden states (M, H) of new tokens of the slots from `first` on, behind the columns that
+        each holds, and the forward pass whose `head` they are for."""
+        attend = JoinAttend(self._cache, first, starts, [len(new) for new in ids])
+        flat = [id for new in ids for id in new]
+        forward = self._forward(len(flat))
+        ids_M = torch.tensor(flat, device=self._engine.device)
+        return forward, forward.run(ids_M, attend.column_M, attend)
 
-    def _copy(self, slot: int, rows: Sequence[Row]) -> None:
-        """Rows whose prompt was just read into `slot`."""
+    def _copy(self, sources: Sequence[Row], rows: Sequence[Row]) -> None:
+        """Rows whose prompts the sources have just read."""
         if not rows:
             return
-        like, length = self._rows[slot], self._lengths[slot]
-        logits_1V = self._logits_BV[slot : slot + 1]
-        self._logits_BV = torch.cat([self._logits_BV, logits_1V.expand(len(rows), -1)])
-        for row in rows:
-            self._cache.move(slot, len(self._rows), length)
-            row.cached, row.prompt = length, like.prompt
+        slots = [self._rows.index(source) for source in sources]
+        self._logits_BV = torch.cat([self._logits_BV, self._logits_BV[slots]])
+        for slot, row in zip(slots, rows, strict=True):
+            self._cache.move(slot, len(self._rows), self._lengths[slot])
+            row.cached, row.prompt = self._lengths[slot], self._rows[slot].prompt
             self._take(row)
 
     def _take(self, row: Row) -> None:
+        """A row whose prompt is whole writes from now on."""
         request = row.request
+        row.versions = [(0, self.version)]
         self._rows.append(row)
         self._lengths.append(len(request.prompt_ids))
-        self._uniforms.append(uniforms(request.seed, request.max_new_tokens).tolist())
-        self._sampler = None
+        self._numbers.append(uniforms(request.seed, request.max_new_tokens).tolist())
+        self._inputs = None
 
-    def _draw(
-        self, sampler: Sampler, uniform_B: Tensor, allowed_BV: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Each row's next token and its log-prob; rows that want the likeliest are given them."""
-        free = allowed_BV is None and not sampler.any_filter
-        if (
-            self._native is not None
-            and free
-            and not any(r.request.top_logprobs for r in self._rows)
-        ):
-            return self._native.draw(sampler, self._logits_BV, uniform_B)
+    def _draw(self) -> tuple[Tensor, list[int], list[float]]:
+        """Each row's next token, there and here, and its log-prob; rows that want the likeliest are
+        given them."""
+        rows, inputs, vocab_size = self._rows, self._current_inputs(), self._logits_BV.shape[1]
+        allowed_BV = None
+        if inputs.constrained:
+            allowed_BV = allowed_ids(rows, vocab_size, self._engine.device)
+        sampler, uniform_B = inputs.sampler, inputs.uniform_B()
+        free = allowed_BV is None and not sampler.any_filter and not inputs.tops
+        if self._native is not None and free:
+            id_B, logp_B = self._native.draw(sampler, self._logits_BV, uniform_B)
+            return id_B, id_B.tolist(), logp_B.tolist()
         id_B, logp_B, logp_BV = sampler.draw(self._logits_BV, uniform_B, allowed_BV)
-        for row, top in zip(self._rows, _tops(self._rows, logp_BV), strict=True):
-            if row.finish is None and top:
-                row.top.append(top)
-        return id_B, logp_B
+        if inputs.tops:
+            give_likeliest(rows, logp_BV, inputs.tops)
+        # One wait for the device; float64 holds every id.
+        ids, logprobs = torch.stack([id_B.double(), logp_B.double()]).tolist()
+        return id_B, [int(id) for id in ids], logprobs
 
     def _feed(self, id_B: Tensor) -> None:
         """The rows' latest tokens in, logits of their next ones out."""
-        self._fit(len(self._rows), max(self._lengths) + 1)
-        column_B = torch.tensor(self._lengths, device=self._engine.device)
+        longest = max(self._lengths)
+        self._fit(len(self._rows), longest + 1)
+        column_B = self._current_inputs().column_B
         if self._graph is not None:
             self._logits_BV = self._graph.step(id_B, column_B)
         else:
-            attend = SlotAttend(self._cache, column_B, max(self._lengths) + 1)
+            attend = SlotAttend(self._cache, column_B, longest + 1)
             if self._native is not None:
                 self._logits_BV = self._native.logits(id_B, column_B, attend)
             else:
                 forward = self._forward(len(id_B))
                 self._logits_BV = forward.head(forward.run(id_B, column_B, attend))
+        column_B += 1
         self._lengths = [length + 1 for length in self._lengths]
+
+    def _current_inputs(self) -> StepInputs:
+        if self._inputs is None:
+            self._inputs = StepInputs(
+                list(self._rows),
+                self._lengths,
+                list(self._numbers),
+                self._engine.model.config.vocab_size,
+                self._engine.device,
+            )
+        return self._inputs
 
     def _forward(self, tokens: int) -> _Forward:
         if self._native is not None:
@@ -337,41 +428,54 @@ class RunningBatch:
         return self._engine.model
 
     def _fit(self, rows: int, columns: int) -> None:
-        used = max(self._lengths, default=0)
-        moved = self._cache.fit(rows, max(columns, used), len(self._rows), used)
+        """Make the cache large enough. Where steps are captured, it is made for all that the rows
+        may come to fill, and one column more than they hold: a capture's trials write to the last.
+        """
+        used = max(max(self._lengths, default=0), self._begun)
         model, cache = self._engine.model, self._cache
+        if model.device.type == "cuda":
+            columns = max(columns, used + 1, self._most_columns())
+        kept = len(self._rows) + (self._begun > 0)
+        if cache.fit(rows, max(columns, used), kept, used):
+            self._graph = None  # it would write where the cache was
         experts = model.config.num_local_experts
         # The trial steps of a capture would write into rings that are in use.
         graphs = not has_windows(model.config) and needs_no_host(
             cache.rows, experts, self._engine.device, model.dtype
         )
-        if graphs and (moved or self._graph is None):
+        if graphs and self._graph is None:
             self._graph = SlotGraph(model, cache)
+
+    def _most_columns(self) -> int:
+        """Columns that the longest row may come to fill."""
+        return max((_most(row.request) for row in (*self._rows, *self._reading)), default=0)
 
     def _keep_prefixes(self, ended: Collection[Row]) -> None:
         """Replies too are beginnings of later prompts. Their last token was never fed."""
         if self._prefix is None:
             return
         for slot, row in enumerate(self._rows):
-            if row in ended:
+            # Keys of several versions of the weights are no use to a later prompt.
+            if row in ended and len(row.versions) == 1:
                 ids = [*row.request.prompt_ids, *row.ids][: self._lengths[slot]]
                 self._prefix.put(ids, self._cache.data[:, :, slot])
 
     def _leave(self, gone: Collection[Row]) -> list[int]:
         """Fill the places of these rows from the end; the old place of every row that stays."""
-        order = list(range(len(self._rows)))
-        for slot in reversed(range(len(self._rows))):
+        before = len(self._rows)
+        order = list(range(before))
+        for slot in reversed(range(before)):
             if self._rows[slot] not in gone:
                 continue
             last = len(self._rows) - 1
             if slot != last:
                 self._cache.move(last, slot, self._lengths[last])
-            _fill(self._rows, slot)
-            _fill(self._lengths, slot)
-            _fill(self._uniforms, slot)
-            _fill(order, slot)
-        self._sampler = None
-        if not self._rows and self._graph is None:  # a captured step is worth keeping
+            for items in (self._rows, self._lengths, self._numbers, order):
+                _fill(items, slot)
+            self._inputs = None
+        if self._begun and len(order) < before:
+            self._cache.move(before, len(order), self._begun)
+        if not self.running and self._graph is None:  # a captured step is worth keeping
             self._cache.clear()
         return order
 
@@ -387,30 +491,7 @@ def _most(request: GenRequest) -> int:
     return len(request.prompt_ids) + request.max_new_tokens
 
 
-def _scores(forward: _Forward, request: GenRequest, x_TH: Tensor) -> PromptScores:
-    """Log-probs of a prompt's tokens, from hidden states of the whole prompt."""
-    ids_t = torch.tensor(request.prompt_ids[1:], device=x_TH.device)
-    logprobs: list[float] = []
-    tops: list[Top] = []
-    for start in range(0, len(ids_t), SCORE_TOKENS):
-        id_t1 = ids_t[start : start + SCORE_TOKENS, None]
-        logp_tV = forward.head(x_TH[start : start + len(id_t1)]).log_softmax(-1)
-        logprobs += logp_tV.gather(1, id_t1)[:, 0].tolist()
-        if request.top_logprobs:
-            tops += _top(logp_tV, request.top_logprobs)
-    return PromptScores(logprobs, tops)
-
-
-def _top(logp_MV: Tensor, count: int) -> list[Top]:
-    best = logp_MV.topk(min(count, logp_MV.shape[1]), dim=-1)
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [list(zip(ids, values, strict=True)) for ids, values in rows]
-
-
-def _tops(rows: Sequence[Row], logp_BV: Tensor) -> list[Top]:
-    """What each row asks for of the likeliest ids; empty for most."""
-    most = max(row.request.top_logprobs for row in rows)
-    if not most:
-        return [[]] * len(rows)
-    tops = _top(logp_BV, most)
-    return [top[: row.request.top_logprobs] for row, top in zip(rows, tops, strict=True)]
+def _alike(row: Row) -> tuple[tuple[int, ...], bool, int]:
+    """What rows must have in common to share one reading of their prompt."""
+    request = row.request
+    return request.prompt_ids, request.prompt_logprobs, request.top_logprobs
