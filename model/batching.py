@@ -1,22 +1,28 @@
 """One thread that keeps a batch running, and a bounded queue in front of it.
 
 `submit` from any thread; answers come through futures, and token by token to a listener. Between
-two steps requests join as far as there is room, and those that were cancelled leave.
+two steps requests join as far as there is room, and those that were cancelled leave. `pause` holds
+all that, in one of three ways; requests that come meanwhile wait in the queue.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from model.errors import ModelError
 from model.generate import Generation, GenRequest, Piece, Row
 from model.running import Runner
+
+PauseMode = Literal["wait", "keep", "abort"]
+"""What becomes of requests that run: they run to their end, stand still, or end as they are (then
+those that wait do so too). Nobody joins in any of them."""
 
 Listener = Callable[[Piece], None]
 """Gets the new tokens after each step, in the batcher's thread: be quick, and raise nothing."""
@@ -28,6 +34,10 @@ class BatcherClosedError(ModelError):
 
 class QueueFullError(ModelError):
     """More requests than may run and wait."""
+
+
+class ResumedError(ModelError):
+    """`resume` was called before a pause was complete."""
 
 
 @dataclass(eq=False)
@@ -42,7 +52,7 @@ class _Job:
 class _Reload:
     source: Any
     version: int
-    done: Future[None]
+    done: Future[float]
 
 
 class Batcher:
@@ -60,6 +70,9 @@ class Batcher:
         self._waiting: deque[_Job] = deque()
         self._running: dict[Row, _Job] = {}
         self._reloads: deque[_Reload] = deque()
+        self._mode: PauseMode | None = None
+        self._abort = False  # those that run and wait now are still to be ended
+        self._pauses: list[Future[None]] = []  # whoever waits for a pause to be complete
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -101,17 +114,59 @@ class Batcher:
             self._check_room(len(jobs))
             self._waiting.extend(jobs)
             self._changed.notify()
+        for job in jobs:
+            job.future.add_done_callback(self._notice)
         return [job.future for job in jobs]
 
-    def load(self, source: Any, version: int, *, timeout_s: float = 600) -> None:
-        """New weights (see `Engine.load`), once all that runs has ended; what waits gets them."""
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self._runner.version
+
+    @property
+    def paused(self) -> PauseMode | None:
+        """The mode of the pause that holds, or is still to be complete."""
+        with self._changed:
+            return self._mode
+
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """Let nobody join, and treat those that run as `mode` says; done once nothing moves.
+
+        A pause on top of another replaces it, and both are done at once. Raises BatcherClosedError;
+        the future may raise it too, and ResumedError.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise BatcherClosedError("the server is shutting down")
+            self._mode, self._abort = mode, self._abort or mode == "abort"
+            self._pauses.append(done)
+            self._changed.notify()
+        return done
+
+    def resume(self) -> None:
+        """Go on after `pause`; without one, nothing happens."""
+        with self._changed:
+            self._mode, self._abort = None, False
+            pauses, self._pauses = self._pauses, []
+            self._changed.notify()
+        for done in pauses:
+            _fail(done, ResumedError("resumed before the pause was complete"))
+
+    def load(self, source: Any, version: int) -> Future[float]:
+        """New weights (see `RunningBatch.load`); the seconds that it took.
+
+        They come once all that runs has ended, or at once while a pause keeps it; what waits gets
+        them. Cancelling the future before takes the wish back. Raises BatcherClosedError.
+        """
         reload = _Reload(source, version, Future())
         with self._changed:
             if self._closed:
                 raise BatcherClosedError("the server is shutting down; no weights are taken")
             self._reloads.append(reload)
             self._changed.notify()
-        reload.done.result(timeout_s)
+        reload.done.add_done_callback(self._notice)
+        return reload.done
 
     def close(self, timeout_s: float = 5) -> bool:
         """Take no more requests and fail those without an answer. False if a step still runs."""
@@ -129,13 +184,16 @@ class Batcher:
         has ended is told. Whatever goes wrong is told to all that run."""
         try:
             self._let_go()
-            self._reload()
-            self._let_in()
-            ended = self._runner.step()
+            mode = self._obey()
+            self._reload(mode)
+            if mode is None:
+                self._let_in()
+            ended = self._runner.step() if _steps(mode) else []
         except Exception as error:  # noqa: BLE001 - whatever it was, its waiters are told
             self._fail(error)
         else:
             self._tell(ended)
+        self._settle()
 
     def __enter__(self) -> Batcher:
         return self
@@ -167,16 +225,32 @@ class Batcher:
         with self._changed:
             jobs, self._waiting = list(self._waiting), deque()
             reloads, self._reloads = list(self._reloads), deque()
-        futures: list[Future[Any]] = [job.future for job in jobs]
+            pauses, self._pauses = self._pauses, []
+        futures: list[Future[Any]] = [*pauses, *(job.future for job in jobs)]
         futures += [reload.done for reload in reloads]
         for future in futures:
             _fail(future, error)
 
     def _sleep_until_needed(self) -> bool:
         with self._changed:
-            while not (self._closed or self._waiting or self._running or self._reloads):
+            while not (self._closed or self._is_needed()):
                 self._changed.wait()
             return not self._closed
+
+    def _is_needed(self) -> bool:
+        if self._pauses or self._abort:
+            return True
+        if self._reloads and (not self._running or not _steps(self._mode)):
+            return True
+        if _steps(self._mode):
+            return bool(self._running or (self._waiting and self._mode is None))
+        return any(job.future.cancelled() for job in self._running.values())
+
+    def _notice(self, future: Future[Any]) -> None:
+        """A request that is cancelled leaves even while nothing moves."""
+        if future.cancelled():
+            with self._changed:
+                self._changed.notify()
 
     def _let_go(self) -> None:
         gone = [row for row, job in self._running.items() if job.future.cancelled()]
@@ -185,17 +259,51 @@ class Batcher:
             for row in gone:
                 del self._running[row]
 
-    def _reload(self) -> None:
+    def _obey(self) -> PauseMode | None:
+        """The mode of this turn; where it has just become "abort", all that is there ends."""
         with self._changed:
-            reload = self._reloads.popleft() if self._reloads and not self._running else None
-        if reload is None:
+            mode, abort, self._abort = self._mode, self._abort, False
+            jobs = [*self._waiting] if abort else []
+            if abort:
+                self._waiting.clear()
+        if abort:
+            rows = list(self._running)
+            self._runner.drop(rows)
+            unread = {Row(job.request): job for job in jobs}
+            with self._changed:
+                self._running |= unread
+            for row in (*rows, *unread):
+                row.finish = "abort"
+            self._tell([*rows, *unread])
+        return mode
+
+    def _settle(self) -> None:
+        """Tell whoever waits for a pause that it is complete, if it is."""
+        with self._changed:
+            if self._mode is None or self._abort or (self._running and _steps(self._mode)):
+                return
+            pauses, self._pauses = self._pauses, []
+        for done in pauses:
+            if done.set_running_or_notify_cancel():
+                done.set_result(None)
+
+    def _reload(self, mode: PauseMode | None) -> None:
+        with self._changed:
+            while self._reloads and self._reloads[0].done.cancelled():
+                self._reloads.popleft()
+            ready = self._reloads and (not self._running or not _steps(mode))
+            reload = self._reloads.popleft() if ready else None
+        if reload is None or not reload.done.set_running_or_notify_cancel():
             return
+        start = time.perf_counter()
         try:
             self._runner.load(reload.source, reload.version)
-        except Exception as error:  # noqa: BLE001 - raised again where `load` was called
-            reload.done.set_exception(error)
+        except Exception as error:
+            reload.done.set_exception(error)  # raised again where `load` was called
+            if not isinstance(error, ModelError):  # half done, perhaps: nothing runs on with it
+                raise
         else:
-            reload.done.set_result(None)
+            reload.done.set_result(time.perf_counter() - start)
 
     def _let_in(self) -> None:
         """Those who wait join in their order, unless new weights wait for the batch to empty."""
@@ -241,3 +349,8 @@ class Batcher:
 def _fail(future: Future[Any], error: Exception) -> None:
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
+
+
+def _steps(mode: PauseMode | None) -> bool:
+    """Whether those that run get tokens."""
+    return mode in (None, "wait")

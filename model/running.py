@@ -32,7 +32,8 @@ from model.step_inputs import StepInputs
 from model.transformer import Transformer
 from model.window import has_windows
 
-PREFILL_TOKENS = 512  # prompt tokens read between two decode steps
+PREFILL_TOKENS = {"native": 256, "cpu": 512, "cuda": 2048}
+"""Prompt tokens read between two decode steps, by what reads them: fewer cost much of its speed."""
 
 
 class Runner(Protocol):
@@ -82,10 +83,11 @@ class RunningBatch:
     """Generates for up to `max_batch` of an engine's requests.
 
     `cache_tokens` bounds rows × columns of the key/value cache, `prefix_tokens` the prefix cache (0
-    turns it off), `prefill_tokens` how many prompt tokens are read between two decode steps. New
-    weights come through `load` only. With `native` the forward pass is native code where there is
-    any for this model; `path` says so, or why not. Raises ModelError where `cache_tokens` does not
-    hold one row as long as the context, or `prefill_tokens` is below 1.
+    turns it off), `prefill_tokens` how many prompt tokens are read between two decode steps
+    (`PREFILL_TOKENS` by default). New weights come through `load` only. With `native` the forward
+    pass is native code where there is any for this model; `path` says so, or why not. Raises
+    ModelError where `cache_tokens` does not hold one row as long as the context, or
+    `prefill_tokens` is below 1.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class RunningBatch:
         max_batch: int = 64,
         cache_tokens: int = 131_072,
         prefix_tokens: int = 32_768,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int | None = None,
         native: bool = True,
     ) -> None:
         self._engine, self.max_batch, self._cache_tokens = engine, max_batch, cache_tokens
@@ -107,9 +109,8 @@ class RunningBatch:
                 f"a cache of {cache_tokens} tokens does not hold {rows} rows of the context of "
                 f"{columns}; give at least {rows * columns}"
             )
-        if prefill_tokens < 1:
+        if prefill_tokens is not None and prefill_tokens < 1:
             raise ModelError(f"prefill_tokens is {prefill_tokens}; it must be ≥ 1")
-        self._prefill_tokens = prefill_tokens
         self._prefix = None
         # A window layer's ring has lost what a prefix would need by the time that it is kept.
         if prefix_tokens >= BLOCK and not has_windows(config):
@@ -118,6 +119,8 @@ class RunningBatch:
         self._native: NativeModel | None = None
         self._graph: SlotGraph | None = None
         self._prepare()
+        reads = "native" if self._native is not None else device.type
+        self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[reads]
         # Rows that write, in the cache's first slots; the columns that each holds.
         self._rows: list[Row] = []
         self._lengths: list[int] = []

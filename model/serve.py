@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ipaddress
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.exit_with_parent:
         _exit_with_parent(parent)
     try:
+        if options.control:
+            _check_control(options.host)
         service = load_service(
             options.checkpoint,
             device=options.device,
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_queue=options.max_queue,
                 cache_tokens=options.cache_tokens,
                 prefix_tokens=options.prefix_cache_tokens,
+                prefill_tokens=options.prefill_tokens,
             ),
             threads=options.threads,
             native=options.native == "auto",
@@ -62,18 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{options.host}:{options.port}"
         print(f"error: cannot listen on {where}: {error}; try --port 0", file=sys.stderr)
         return 5
-    return _serve(service, listener, options.port_file, quiet=options.quiet)
+    return _serve(
+        service, listener, options.port_file, quiet=options.quiet, control=options.control
+    )
 
 
 @dataclass(frozen=True)
 class Limits:
     """What bounds the server's memory: requests that run and that wait, rows × columns of the
-    key/value cache, and tokens of the prefix cache (0 turns that off)."""
+    key/value cache, and tokens of the prefix cache (0 turns that off). And what bounds a step:
+    prompt tokens read between two decode steps (None is what suits the device)."""
 
     max_batch: int = 64
     max_queue: int = 512
     cache_tokens: int = 131_072
     prefix_tokens: int = 32_768
+    prefill_tokens: int | None = None
 
 
 def load_service(
@@ -92,6 +100,7 @@ def load_service(
     for option, value, least in (
         ("--max-queue", limits.max_queue, 0),
         ("--prefix-cache-tokens", limits.prefix_tokens, 0),
+        ("--prefill-tokens", 1 if limits.prefill_tokens is None else limits.prefill_tokens, 1),
         ("--threads", 1 if threads is None else threads, 1),
     ):
         if value < least:
@@ -101,6 +110,7 @@ def load_service(
     from model.batching import Batcher
     from model.checkpoint import load_model
     from model.generate import Engine
+    from model.reload import check_finite
     from model.running import RunningBatch
     from model.service import Service
     from model.tokenizer import Tokenizer
@@ -111,6 +121,7 @@ def load_service(
         raise ModelError("--device cuda: no CUDA device here; use --device cpu")
     tokenizer = Tokenizer.load(checkpoint)
     model = load_model(checkpoint, device=device)
+    check_finite(model, checkpoint)
     if threads is not None:
         torch.set_num_threads(threads)
     elif model.config.hidden_size < SMALL_HIDDEN and "OMP_NUM_THREADS" not in os.environ:
@@ -126,6 +137,7 @@ def load_service(
         max_batch=limits.max_batch,
         cache_tokens=limits.cache_tokens,
         prefix_tokens=limits.prefix_tokens,
+        prefill_tokens=limits.prefill_tokens,
         native=native,
     )
     print(f"forward pass: {running.path}", file=sys.stderr, flush=True)
@@ -135,7 +147,20 @@ def load_service(
         batcher=Batcher(running, max_batch=limits.max_batch, max_queue=limits.max_queue),
         context=model.config.max_position_embeddings,
         vocab_size=width,
+        like=model,
     )
+
+
+def _check_control(host: str) -> None:
+    """Raise ModelError where more than this machine could replace the weights."""
+    try:
+        inside = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        inside = host == "localhost"
+    if not inside:
+        raise ModelError(
+            f"--control on {host}: whoever reaches it may replace the weights; use --host 127.0.0.1"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,6 +186,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Limits.prefix_tokens,
         help="bound of the prefix cache; 0 turns it off",
     )
+    add(
+        "--prefill-tokens",
+        type=int,
+        default=None,
+        help="prompt tokens read between two decode steps; default: what suits the device",
+    )
     add("--threads", type=int, default=None, help="of the processor; default: 1 for a small model")
     add(
         "--native",
@@ -168,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "off"],
         help="auto: code compiled for this processor where a C compiler and the model allow it",
     )
+    add("--control", action="store_true", help="routes that pause and load; loopback hosts only")
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="no access log")
     return parser
@@ -187,7 +219,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(
-    service: Service, listener: socket.socket, port_file: Path | None, *, quiet: bool
+    service: Service,
+    listener: socket.socket,
+    port_file: Path | None,
+    *,
+    quiet: bool,
+    control: bool,
 ) -> int:
     import uvicorn
 
@@ -199,7 +236,7 @@ def _serve(
         signal.signal(number, lambda signum, _: received.append(signum))
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, control=control),
         log_level="warning" if quiet else "info",
         log_config=_log_to_stderr(uvicorn.config.LOGGING_CONFIG),
         timeout_graceful_shutdown=_GRACE_S,

@@ -58,12 +58,14 @@ def text_logprobs(logprobs: Sequence[TokenLogprob] | None, offset: int = 0) -> J
 
 @dataclass(frozen=True)
 class Choice:
-    """One reply of either route. `reply.content` is the text of a text completion."""
+    """One reply of either route. `reply.content` is the text of a text completion; `version` and
+    `versions` are those of `Generation`."""
 
     reply: ParsedReply
     finish_reason: str
     constrained: bool
     version: int
+    versions: list[tuple[int, int, int]]
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
     prompt_token_ids: list[int] | None
@@ -101,6 +103,7 @@ class Choice:
     def extras(self) -> Json:
         """What training and agents must know beside text, ids and log-probs."""
         body: Json = {"constrained": self.constrained, "version": self.version}
+        body["versions"] = [list(span) for span in self.versions]
         if self.tool_call_error:
             body["tool_call_error"] = self.tool_call_error
         if self.repaired:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.serve_answers import Completion
+from model.serve_control import add_control
 from model.serve_stream import ChatStream, TextStream
 from model.serve_types import ApiError, ChatRequest, Json, TextRequest
 from model.service import Service, failure
@@ -25,8 +26,9 @@ MAX_BODY = 16 * 2**20
 _CLIENT_GONE = 499  # nobody reads it; the access log shows it
 
 
-def create_app(service: Service) -> FastAPI:
-    """Routes /v1/chat/completions, /v1/completions, /v1/models and /health over one service."""
+def create_app(service: Service, *, control: bool = False) -> FastAPI:
+    """Routes /v1/chat/completions, /v1/completions, /v1/models and /health over one service; with
+    `control` those of `model.serve_control` too."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +93,8 @@ def create_app(service: Service) -> FastAPI:
         running, waiting = service.batcher.counts
         return {"status": "ok", "model": service.name, "running": running, "waiting": waiting}
 
+    if control:
+        add_control(app, service)
     return app
 
 

@@ -9,9 +9,16 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
-from model.batching import Batcher, BatcherClosedError, Listener, QueueFullError
+from model.batching import (
+    Batcher,
+    BatcherClosedError,
+    Listener,
+    QueueFullError,
+    ResumedError,
+)
 from model.chat_format import (
     ParsedReply,
     ToolCallError,
@@ -23,10 +30,12 @@ from model.errors import ModelError
 from model.generate import Constraint, Generation, GenRequest, PromptScores, Top
 from model.grammar import GrammarError
 from model.json_format import ReplyGrammars
+from model.reload import NewWeights
 from model.reply_stream import Both, StopText, cut_at_stop
 from model.serve_answers import Choice, Completion, Head, TokenLogprob
 from model.serve_types import ApiError, ChatRequest, CommonRequest, Json, TextRequest
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 
 DEFAULT_CHAT_TOKENS: Final = 1024
 DEFAULT_TEXT_TOKENS: Final = 16
@@ -52,7 +61,8 @@ class Plan:
 
 
 class Service:
-    """`context` is the most tokens that prompt and reply may have together."""
+    """`context` is the most tokens that prompt and reply may have together; `like` is the model in
+    use, whose sizes new weights must have."""
 
     def __init__(
         self,
@@ -62,8 +72,10 @@ class Service:
         batcher: Batcher,
         context: int,
         vocab_size: int,
+        like: Transformer | None = None,
     ) -> None:
         self.name = name
+        self._like = like
         self.tokenizer = tokenizer
         self.batcher = batcher
         self.context = context
@@ -182,9 +194,10 @@ class Service:
         reply, error, repaired = _parse(text, plan.tools, finish, salt)
         return Choice(
             reply=reply,
-            finish_reason="tool_calls" if reply.tool_calls else finish,
+            finish_reason="tool_calls" if reply.tool_calls and finish != "abort" else finish,
             constrained=plan.constrained,
             version=made.version,
+            versions=made.versions,
             token_ids=ids,
             logprobs=self.entries(ids, made.logprobs, made.top) if body.wants_logprobs else None,
             prompt_token_ids=plan.prompt_of(index) if body.return_token_ids else None,
@@ -197,8 +210,10 @@ class Service:
         """A finished continuation, behind its prompt if the request wants an echo."""
         text, ids, finish = self._text(plan, made)
         entries = self.entries(ids, made.logprobs, made.top) if body.wants_logprobs else []
+        versions = made.versions
         if body.max_tokens == 0:
-            text, ids, entries, finish = "", [], [], "length"
+            text, ids, entries, versions = "", [], [], []
+            finish = "abort" if finish == "abort" else "length"
         if body.echo:
             before, scored = self.echo(plan.prompt_of(index), made.prompt)
             text, entries = before + text, scored + entries
@@ -207,6 +222,7 @@ class Service:
             finish_reason=finish,
             constrained=plan.constrained,
             version=made.version,
+            versions=versions,
             token_ids=ids,
             logprobs=entries if body.wants_logprobs else None,
             prompt_token_ids=plan.prompt_of(index) if body.return_token_ids else None,
@@ -238,6 +254,33 @@ class Service:
 
     def _token(self, id: int) -> tuple[str, bytes]:
         return self.tokenizer.decode([id]), self.tokenizer.token_bytes(id)
+
+    async def load(self, path: Path, version: int) -> float:
+        """Serve another checkpoint of the same sizes and tokenizer; the seconds that this took,
+        waiting for what runs left out. Raises `ApiError`, and then the old weights go on serving.
+
+        The folder is read and checked beside what runs.
+        """
+        start = time.perf_counter()
+        try:
+            weights = await asyncio.to_thread(self._read, path)
+            read = time.perf_counter() - start
+            return read + await asyncio.wrap_future(self.batcher.load(weights, version))
+        except BatcherClosedError as error:
+            raise failure(error) from error
+        except ModelError as error:
+            raise ApiError(400, str(error), param="path", code="invalid_checkpoint") from error
+
+    def _read(self, path: Path) -> NewWeights:
+        if self._like is None:
+            raise ModelError("this server takes no other weights")
+        found = Tokenizer.load(path).hash
+        if found != self.tokenizer.hash:
+            raise ModelError(
+                f"{path}: its tokenizer ({found[:12]}) is not the served one "
+                f"({self.tokenizer.hash[:12]}); start another server for it"
+            )
+        return NewWeights.read(path, self._like)
 
     def models(self) -> Json:
         entry = {
@@ -328,6 +371,8 @@ def failure(error: Exception) -> ApiError:
         return ApiError(503, str(error), param=None, code="shutting_down")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), param=None, code="queue_full")
+    if isinstance(error, ResumedError):
+        return ApiError(409, str(error), param=None, code="resumed")
     if isinstance(error, TimeoutError):
         reason = f"no reply within {REPLY_TIMEOUT_S:.0f} seconds"
         return ApiError(504, reason, param=None, code="timeout")
@@ -339,13 +384,13 @@ def _parse(
 ) -> tuple[ParsedReply, str | None, bool]:
     """The reply, why a call in it was no call, and whether it took the one repair.
 
-    A reply cut off by its length is never repaired: half an argument must not be run.
+    A reply that was cut off is never repaired: half an argument must not be run.
     """
     try:
         return parse(text, tools, check_schema=False, id_salt=salt), None, False
     except ToolCallError as error:
         reason = str(error)
-    if finish != "length":
+    if finish not in ("length", "abort"):
         try:
             mended = repair(text, tools)
             return parse(mended, tools, check_schema=False, id_salt=salt), None, True

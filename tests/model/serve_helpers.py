@@ -163,9 +163,10 @@ def tiny_model(vocab_size: int) -> Transformer:
 
 
 @contextmanager
-def serving(service: Service) -> Iterator[str]:
+def serving(service: Service, *, control: bool = False) -> Iterator[str]:
     """The server in a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
+    app = create_app(service, control=control)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     for _ in range(1500):
@@ -181,7 +182,9 @@ def serving(service: Service) -> Iterator[str]:
 
 
 @contextmanager
-def served(*, max_batch: int = 64, max_queue: int = 512, **more: Any) -> Iterator[Served]:
+def served(
+    *, max_batch: int = 64, max_queue: int = 512, control: bool = False, **more: Any
+) -> Iterator[Served]:
     """A tiny random model behind a real server; `more` goes to the running batch."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer.vocab_size + 16)
@@ -192,8 +195,9 @@ def served(*, max_batch: int = 64, max_queue: int = 512, **more: Any) -> Iterato
         batcher=Batcher(runner, max_batch=max_batch, max_queue=max_queue),
         context=CONTEXT,
         vocab_size=model.config.vocab_size,
+        like=model,
     )
-    with serving(service) as url:
+    with serving(service, control=control) as url:
         server = Served(url, service, model, runner, tokenizer)
         yield server
         server.http.close()

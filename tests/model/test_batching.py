@@ -235,18 +235,15 @@ def test_new_weights_wait_for_what_runs_and_come_before_what_waits() -> None:
     with Batcher(runner) as batcher:
         [running] = batcher.submit([request(1, new=3)])
         assert runner.started.wait(20)
-        loader = threading.Thread(target=batcher.load, args=("weights", 3))
-        loader.start()
-        while not batcher._reloads:
-            loader.join(0.001)
+        loaded = batcher.load("weights", 3)
         [later] = batcher.submit([request(2)])
         assert runner.loaded == []
         runner.gate.set()
-        loader.join(20)
+        assert loaded.result(20) >= 0
         assert running.done() and runner.loaded == [("weights", 3)]
         assert later.result(20).ids == [2]
         with pytest.raises(ModelError, match="bad weights"):
-            batcher.load("bad", 4, timeout_s=20)
+            batcher.load("bad", 4).result(20)
 
 
 def test_closing_fails_what_waits_and_refuses_what_comes() -> None:

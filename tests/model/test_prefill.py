@@ -1,4 +1,4 @@
-"""Prompts read in pieces between decode steps: the same results, and nobody waits for a long one."""
+"""Prompts read in pieces between decode steps: the same results, and nobody waits for them."""
 
 import random
 from dataclasses import replace
