@@ -192,22 +192,28 @@ class GraphDecoder:
 class SlotGraph:
     """A decode step over a whole `SlotCache`, captured as one CUDA graph.
 
-    It lasts as long as the cache stays where it is. Rows not in use go on unseen; what they write
-    is overwritten when a prompt is read into them.
+    It lasts as long as the cache stays where it is; weights are read where they are. Rows that are
+    not fed go on unseen and write into the cache's last column, as the trials before a capture do:
+    whoever owns the cache keeps that column free until a row's own last step, which comes first.
     """
 
     def __init__(self, model: Transformer, cache: SlotCache) -> None:
         device = model.device
         self.model, self.cache = model, cache
         self.id_B = torch.zeros(cache.rows, dtype=torch.long, device=device)
-        # The trial steps write into the last column, which no row fills before its own last step.
         self.column_B = torch.full_like(self.id_B, cache.columns - 1)
+        self._fed = 0
         self.graph, self.logits_BV = _captured(self._step, device)
 
     def step(self, id_B: Tensor, column_B: Tensor) -> Tensor:
         """Logits (B, V) after one more token of the first B rows; good until the next step."""
-        self.id_B[: len(id_B)] = id_B
-        self.column_B[: len(id_B)] = column_B
+        fed = len(id_B)
+        self.id_B[:fed] = id_B
+        self.column_B[:fed] = column_B
+        if fed != self._fed:
+            # Where such a row was is now the beginning of a prompt, perhaps.
+            self.column_B[fed:] = self.cache.columns - 1
+            self._fed = fed
         self.graph.replay()
         return self.logits_BV[: len(id_B)]
 

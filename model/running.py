@@ -116,6 +116,7 @@ class RunningBatch:
         if prefix_tokens >= BLOCK and not has_windows(config):
             self._prefix = PrefixCache(config, prefix_tokens, device, dtype)
         self._wants_native = native
+        self._captures = device.type == "cuda"
         self._native: NativeModel | None = None
         self._graph: SlotGraph | None = None
         self._prepare()
@@ -223,7 +224,6 @@ class RunningBatch:
         self._logits_BV = self._logits_BV[:0]
         self._inputs = None
 
-    @torch.inference_mode()
     def load(self, source: Transformer | NewWeights | Any, version: int) -> None:
         """Use these weights: a model (not copied), or `NewWeights` or a checkpoint's folder, whose
         numbers are copied over those in use. Raises ModelError, and then nothing has changed.
@@ -250,7 +250,8 @@ class RunningBatch:
             last_B = torch.tensor([row.ids[-1] for row in self._rows], device=self._engine.device)
             self._lengths = [length - 1 for length in self._lengths]
             self._inputs = None
-            self._feed(last_B)
+            with torch.inference_mode():
+                self._feed(last_B)
 
     def _prepare(self) -> None:
         """What a forward pass needs besides the model; again after its weights have changed."""
@@ -432,12 +433,11 @@ class RunningBatch:
 
     def _fit(self, rows: int, columns: int) -> None:
         """Make the cache large enough. Where steps are captured, it is made for all that the rows
-        may come to fill, and one column more than they hold: a capture's trials write to the last.
-        """
+        may come to fill: their last columns stay free, and a capture serves them to their ends."""
         used = max(max(self._lengths, default=0), self._begun)
         model, cache = self._engine.model, self._cache
-        if model.device.type == "cuda":
-            columns = max(columns, used + 1, self._most_columns())
+        if self._captures:
+            columns = max(columns, self._most_columns())
         kept = len(self._rows) + (self._begun > 0)
         if cache.fit(rows, max(columns, used), kept, used):
             self._graph = None  # it would write where the cache was
