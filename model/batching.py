@@ -69,6 +69,8 @@ class Batcher:
         self._max_batch, self._max_queue = max_batch, max_queue
         self._waiting: deque[_Job] = deque()
         self._running: dict[Row, _Job] = {}
+        self._heard: dict[Row, _Job] = {}  # those of them with a listener
+        self._left = False  # somebody was cancelled
         self._reloads: deque[_Reload] = deque()
         self._mode: PauseMode | None = None
         self._abort = False  # those that run and wait now are still to be ended
@@ -242,22 +244,27 @@ class Batcher:
             return True
         if self._reloads and (not self._running or not _steps(self._mode)):
             return True
-        if _steps(self._mode):
-            return bool(self._running or (self._waiting and self._mode is None))
-        return any(job.future.cancelled() for job in self._running.values())
+        if _steps(self._mode) and (self._running or (self._waiting and self._mode is None)):
+            return True
+        return self._left
 
     def _notice(self, future: Future[Any]) -> None:
-        """A request that is cancelled leaves even while nothing moves."""
+        """A request that is cancelled leaves at the next turn, even while nothing moves."""
         if future.cancelled():
             with self._changed:
+                self._left = True
                 self._changed.notify()
 
     def _let_go(self) -> None:
+        if not self._left:
+            return
+        self._left = False
         gone = [row for row, job in self._running.items() if job.future.cancelled()]
         self._runner.drop(gone)
         with self._changed:
             for row in gone:
                 del self._running[row]
+                self._heard.pop(row, None)
 
     def _obey(self) -> PauseMode | None:
         """The mode of this turn; where it has just become "abort", all that is there ends."""
@@ -308,7 +315,7 @@ class Batcher:
     def _let_in(self) -> None:
         """Those who wait join in their order, unless new weights wait for the batch to empty."""
         free = self._max_batch - len(self._running)
-        if free < 1:
+        if free < 1 or not self._waiting:
             return
         with self._changed:
             self._forget_cancelled()
@@ -316,18 +323,23 @@ class Batcher:
             room = 0 if self._reloads else self._runner.room(ahead)
             joining = [self._waiting.popleft() for _ in range(room)]
         # They are told of an error like those that run, so they count as running from here on.
-        rows = [Row(job.request) for job in joining]
+        rows = {Row(job.request): job for job in joining}
         with self._changed:
-            self._running |= zip(rows, joining, strict=True)
-        self._runner.join(rows)
+            self._running |= rows
+        self._heard |= {row: job for row, job in rows.items() if job.listener is not None}
+        self._runner.join(list(rows))
 
     def _tell(self, ended: Sequence[Row]) -> None:
-        for row, job in self._running.items():
+        for row, job in self._heard.items():
             if job.listener is not None and len(row.ids) > job.told:
                 job.listener(row.since(job.told))
                 job.told = len(row.ids)
+        if not ended:
+            return
         with self._changed:
             jobs = [self._running.pop(row) for row in ended]
+        for row in ended:
+            self._heard.pop(row, None)
         for row, job in zip(ended, jobs, strict=True):
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -342,6 +354,7 @@ class Batcher:
         with self._changed:
             jobs = list(self._running.values())
             self._running.clear()
+        self._heard.clear()
         for job in jobs:
             _fail(job.future, error)
 

@@ -256,7 +256,7 @@ class Piece:
     prompt: PromptScores | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Row:
     """What one request has so far; `cached`, `top` and `prompt` as in `Generation`. An `error` of
     its constraint ends it. `versions` are pairs: from this id on, these weights."""
@@ -285,10 +285,10 @@ class Row:
             return None
         return mask_V
 
-    def add(self, id: int, logprob: float) -> None:
-        """Take a drawn token; after the row's end it is dropped."""
+    def add(self, id: int, logprob: float) -> bool:
+        """Take a drawn token; after the row's end it is dropped. True if the row has ended."""
         if self.finish is not None:
-            return
+            return True
         self.ids.append(id)
         self.logprobs.append(logprob)
         constraint = self.request.constraint
@@ -304,6 +304,7 @@ class Row:
                 self.error, ended = error, True
             if ended:
                 self.finish = "stop"
+        return self.finish is not None
 
     def since(self, told: int) -> Piece:
         """What came after the first `told` tokens."""

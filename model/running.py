@@ -188,9 +188,8 @@ class RunningBatch:
             return []
         rows = self._rows
         id_B, ids, logprobs = self._draw()
-        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
-            row.add(id, logprob)
-        ended = [row for row in rows if row.finish is not None]
+        drawn = zip(rows, ids, logprobs, strict=True)
+        ended = [row for row, id, logprob in drawn if row.add(id, logprob)]
         if ended:
             self._keep_prefixes(ended)
             order = self._leave(ended)

@@ -126,7 +126,7 @@ def test_a_capture_writes_into_no_row_that_is_full_to_a_round_number(monkeypatch
     monkeypatch.setattr(decode, "_captured", played)
     monkeypatch.setattr(running, "needs_no_host", lambda *_: True)
     engine = Engine(make_uneven(Transformer(CONFIG, seed=0).cast(torch.float64), 1, 0.2))
-    batch = RunningBatch(engine, native=False)
+    batch = RunningBatch(engine, prefill_tokens=2048, native=False)
     batch._captures = True
     rows = [Row(GenRequest((i,) * 120, 20, 0.0)) for i in range(8)]
     batch.join(rows)
