@@ -14,12 +14,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "attention.h"
 #include "vectors.h"
 
 #define ROWS (LANES > 8 ? 8 : 6) /* of a tile: 2 accumulators each */
 #define PANEL (2 * LANES)
 #define AHEAD 128 /* panel rows to fetch ahead: about a memory access's worth of work */
-#define KEYS 4    /* query heads that share one pass over keys and values */
 
 /* `stride` is the distance in bytes from one expert's panels to the next one's. */
 struct matrix {
@@ -146,7 +146,7 @@ PRODUCT(multiply, STORE)
 PRODUCT(multiply_add, ADD)
 PRODUCT(multiply_swiglu, SWIGLU)
 
-/* ---------------------------------------------------------------------- norms and attention */
+/* ------------------------------------------------------------------------- norms and rotation */
 
 INLINE float root_scale(const float *x, int64_t n, float eps) {
     vf sums = {0};
@@ -170,130 +170,6 @@ static void turn(float *x, int64_t heads, int64_t head_dim, int64_t half, const 
             const float a = x[j], b = x[j + half];
             x[j] = a * cos[j] - b * sin[j];
             x[j + half] = b * cos[j] + a * sin[j];
-        }
-}
-
-INLINE float dot(const float *a, const float *b, int64_t n) {
-    vf sums = {0};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);
-    for (; i < n; i++) rest += a[i] * b[i];
-    return sum_of(sums) + rest;
-}
-
-/* LANES scores, the last known key in the place of keys beyond `left`; see `score_keys`. */
-INLINE vf score_block(int vectors, int64_t left, const float *query, const float *key) {
-    vf parts[LANES];
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++) {
-        const float *k = key + (j < left ? j : left - 1) * vectors * LANES;
-        parts[j] = load(query) * load(k);
-#pragma GCC unroll 8
-        for (int d = 1; d < vectors; d++) parts[j] += load(query + d * LANES) * load(k + d * LANES);
-    }
-    return sums_of(parts);
-}
-
-/* score[g][s] = query[g] · key[s]; `vectors` whole vectors make a head, 0 for any other size. All
- * heads look at some keys before they go on, so that these are read from memory once. */
-INLINE void score_keys(int vectors, int heads, const float *query, const float *key, int64_t n,
-                       int64_t head_dim, int64_t stride, float *score) {
-    int64_t s = 0;
-    for (; vectors && s + LANES <= n; s += LANES, key += LANES * head_dim)
-#pragma GCC unroll 1
-        for (int g = 0; g < heads; g++)
-            store(score + g * stride + s, score_block(vectors, LANES, query + g * head_dim, key));
-    for (int g = 0; g < heads && s < n; g++) {
-        const float *q = query + g * head_dim;
-        float *rest = score + g * stride + s;
-        if (vectors)
-            store(rest, score_block(vectors, n - s, q, key));
-        else
-            for (int64_t i = 0; i < n; i++) rest[i] = dot(q, key + i * head_dim, head_dim);
-    }
-}
-
-/* scores → e^(score − largest), zeros up to the next whole vector; returns 1 / their sum. */
-static float soften(float *score, int64_t n) {
-    const int64_t padded = up(n, LANES);
-    const vi real = (vi)EACH(SELF, 0) < (int32_t)(n - padded + LANES); /* of the last vector */
-    float *last = score + padded - LANES;
-    store(last, pick(real, load(last), all(-1e30f)));
-    vf most = load(score), total = {0};
-    for (int64_t s = LANES; s < padded; s += LANES) most = larger(load(score + s), most);
-    float top = most[0];
-    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
-    for (int64_t s = 0; s < padded; s += LANES) {
-        vf e = exp_of(load(score + s) - top);
-        if (score + s == last) e = pick(real, e, (vf){0});
-        total += e;
-        store(score + s, e);
-    }
-    return 1.0f / sum_of(total);
-}
-
-/* out = scale · Σ_s weight[g][s] · value[s] for `heads` heads, `vectors` whole vectors of a value. */
-INLINE void blend(int heads, int vectors, int64_t n, int64_t head_dim, int64_t stride,
-                  const float *weight, const float *value, float *out, const float *scale) {
-    vf sums[KEYS][2];
-#pragma GCC unroll 4
-    for (int g = 0; g < heads; g++) sums[g][0] = sums[g][1] = (vf){0};
-    for (int64_t s = 0; s < n; s++, value += head_dim) {
-        vf a = load(value), b = vectors > 1 ? load(value + LANES) : a;
-#pragma GCC unroll 4
-        for (int g = 0; g < heads; g++) {
-            vf factor = all(weight[g * stride + s]);
-            sums[g][0] += factor * a;
-            if (vectors > 1) sums[g][1] += factor * b;
-        }
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < heads; g++) {
-        store(out + g * head_dim, sums[g][0] * scale[g]);
-        if (vectors > 1) store(out + g * head_dim + LANES, sums[g][1] * scale[g]);
-    }
-}
-
-/* Attention of up to KEYS query heads that share a key head, over n columns. */
-INLINE void attend_heads(int heads, const float *query, const float *key, const float *value,
-                         int64_t n, int64_t head_dim, float *score, float *out) {
-    const int64_t stride = up(n, LANES);
-    float scale[KEYS];
-    switch (head_dim % LANES ? 0 : head_dim / LANES) {
-    case 1: score_keys(1, heads, query, key, n, head_dim, stride, score); break;
-    case 2: score_keys(2, heads, query, key, n, head_dim, stride, score); break;
-    case 4: score_keys(4, heads, query, key, n, head_dim, stride, score); break;
-    case 8: score_keys(8, heads, query, key, n, head_dim, stride, score); break;
-    default: score_keys(0, heads, query, key, n, head_dim, stride, score);
-    }
-    for (int g = 0; g < heads; g++) scale[g] = soften(score + g * stride, n);
-    int64_t d = 0;
-    for (; d + 2 * LANES <= head_dim; d += 2 * LANES)
-        blend(heads, 2, n, head_dim, stride, score, value + d, out + d, scale);
-    for (; d + LANES <= head_dim; d += LANES)
-        blend(heads, 1, n, head_dim, stride, score, value + d, out + d, scale);
-    for (; d < head_dim; d++)
-        for (int g = 0; g < heads; g++) {
-            float sum = 0;
-            for (int64_t s = 0; s < n; s++) sum += score[g * stride + s] * value[s * head_dim + d];
-            out[g * head_dim + d] = sum * scale[g];
-        }
-}
-
-static void attend(const struct model *model, const float *query, const float *keys,
-                   const float *values, int64_t head_stride, int64_t n, float *score, float *out) {
-    const int64_t D = model->head_dim, share = model->heads / model->kv_heads;
-    for (int64_t k = 0; k < model->kv_heads; k++)
-        for (int64_t g = 0; g < share; g += KEYS) {
-            const int64_t at = (k * share + g) * D, head = k * head_stride;
-            const float *key = keys + head, *value = values + head;
-            switch (share - g) {
-            case 1: attend_heads(1, query + at, key, value, n, D, score, out + at); break;
-            case 2: attend_heads(2, query + at, key, value, n, D, score, out + at); break;
-            case 3: attend_heads(3, query + at, key, value, n, D, score, out + at); break;
-            default: attend_heads(KEYS, query + at, key, value, n, D, score, out + at);
-            }
         }
 }
 
@@ -324,7 +200,7 @@ static int64_t lay_out(const struct model *m, int64_t count, int64_t columns, ch
     TAKE(mixed, float *, count * s->mixed_stride);
     TAKE(gate, float *, count * s->gate_stride);
     TAKE(inner, float *, pairs * s->inner_stride);
-    TAKE(score, float *, KEYS * up(columns, LANES));
+    TAKE(score, float *, KEYS * (count < TOKENS ? count : TOKENS) * up(columns, LANES));
     TAKE(weight, float *, pairs);
     TAKE(pair_weight, float *, pairs);
     TAKE(chosen, int32_t *, pairs);
@@ -416,10 +292,17 @@ static void mix(const struct model *m, const struct layer *layer, const struct t
             memcpy(values + at + k * t->head_stride, value + k * D, sizeof(float) * (size_t)D);
         }
     }
-    for (int64_t i = 0; i < t->count; i++) {
-        const int64_t at = t->row[i] * t->row_stride + t->first[i] * D;
-        attend(m, s->qkv + i * s->qkv_stride, keys + at, values + at, t->head_stride,
-               t->column[i] + 1 - t->first[i], s->score, s->mixed + i * s->mixed_stride);
+    struct run r = {.query_stride = s->qkv_stride, .out_stride = s->mixed_stride, .score = s->score};
+    for (int64_t i = 0; i < t->count; i += r.tokens) {
+        const int64_t row = t->row[i], first = t->first[i], column = t->column[i];
+        const int64_t at = row * t->row_stride + first * D, left = t->count - i;
+        for (r.tokens = 1; r.tokens < (left < TOKENS ? left : TOKENS); r.tokens++) {
+            const int64_t j = i + r.tokens;
+            if (t->row[j] != row || t->first[j] != first || t->column[j] != column + r.tokens) break;
+        }
+        r.n = column + 1 - first;
+        r.query = s->qkv + i * s->qkv_stride, r.out = s->mixed + i * s->mixed_stride;
+        attend(m->kv_heads, m->heads / m->kv_heads, D, &r, keys + at, values + at, t->head_stride);
     }
     matmul(&layer->o, t->count, s->mixed, s->mixed_stride, s->x, s->x_stride, 1, s);
 }

@@ -52,6 +52,19 @@ INLINE vf shuffle(vf a, vf b, vi from) {
 /* Adds lanes at distance d: those of a where bit d of the lane is 0, those of b where it is 1. */
 #define MERGE(d, a, b) (shuffle(a, b, ((vi)EACH(LEFT, d))) + shuffle(a, b, ((vi)EACH(RIGHT, d))))
 
+/* Rows become columns: lane j of v[i] and lane i of v[j] change places. */
+INLINE void transpose(vf *v) {
+    _Pragma("GCC unroll 4") for (int d = 1; d < LANES; d *= 2)
+        _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & d)) {
+            const vi all_lanes = (vi)EACH(SELF, 0), odd = (all_lanes & d) != 0;
+            const vi left = (vi)((odd & (LANES + all_lanes - d)) | (~odd & all_lanes));
+            const vi right = (vi)((odd & (LANES + all_lanes)) | (~odd & (all_lanes + d)));
+            const vf a = v[i], b = v[i + d];
+            v[i] = shuffle(a, b, left);
+            v[i + d] = shuffle(a, b, right);
+        }
+}
+
 /* Lane i: the sum over all lanes of v[i]. */
 INLINE vf sums_of(vf *v) {
 #define STAGE(d) \

@@ -124,6 +124,36 @@ def test_a_rows_bits_do_not_depend_on_the_others(policy: Transformer) -> None:
         assert torch.equal(text.step(native, rows), together[rows])
 
 
+@pytest.mark.parametrize("head_dim", [8, 12, 16, 32, 64, 128])
+@pytest.mark.parametrize("share", [1, 3, 4, 6])
+def test_a_prompts_bits_do_not_depend_on_its_pieces(head_dim: int, share: int) -> None:
+    config = replace(
+        CONFIG,
+        num_hidden_layers=2,
+        num_attention_heads=2 * share,
+        head_dim=head_dim,
+        rotary_dim=head_dim // 2,
+    )
+    native = NativeModel(make_uneven(Transformer(config, seed=share), share, 0.2))
+    lengths, ids = [75, 40], torch.arange(75) * 7 % VOCAB
+    cache = SlotCache(config, CPU, torch.float32)
+    cache.fit(2, 75, 0, 0)
+    whole = JoinAttend(cache, 0, [0, 0], lengths)
+    flat = torch.cat([ids[:n] for n in lengths])
+    expected = native.run(flat, whole.column_M, whole).split(lengths)
+    keys = cache.data.clone()
+    for sizes in ([1] * 75, [7, 1, 60, 7], [16, 9, 50]):
+        cache.data.zero_()
+        start, parts = 0, []
+        for size in sizes:
+            piece = JoinAttend(cache, 1, [start], [size])
+            parts.append(native.run(ids[start : start + size], piece.column_M, piece))
+            start += size
+        assert torch.equal(torch.cat(parts), expected[0])
+        assert torch.equal(torch.cat(parts)[:40], expected[1])
+        assert torch.equal(cache.data[:, :, 1, :, :75], keys[:, :, 0, :, :75])
+
+
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_all_rows_may_choose_the_same_experts(top_k: int) -> None:
     config = replace(CONFIG, num_experts_per_tok=top_k)
