@@ -262,7 +262,8 @@ def test_a_running_client_that_leaves_while_paused_frees_its_slot(served: Served
         served.runner.pace = pace = threading.Semaphore(3)
         body = ASK | {"stream": True, "max_tokens": CONTEXT - 3}
         with client.stream("POST", f"{served.url}/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: dropping it would close the stream
+            assert next(lines)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 paused = pool.submit(post, served, "pause", {"mode": "keep"})
                 while served.service.batcher.paused is None:
@@ -288,6 +289,14 @@ def test_the_routes_are_refused_where_others_could_reach_them(
 ) -> None:
     assert main(["--checkpoint", str(tmp_path), "--control", "--host", host]) == 2
     assert f"--control on {host}" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_served(
+    folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(folders("broken", nan)), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "o_proj holds numbers that are not finite" in told and told.count("\n") == 1
 
 
 def test_a_paused_server_stops_at_a_signal(folders, tmp_path: Path) -> None:
