@@ -32,9 +32,7 @@ class NewWeights:
                     f"{directory}: {field.name} is {new}, but the model in use has {old}; "
                     "start another server for it"
                 )
-        model = load_model(directory, dtype=like.dtype)
-        check_finite(model, directory)
-        return cls(model)
+        return cls(load_model(directory, dtype=like.dtype))
 
     @torch.no_grad()
     def copy_to(self, model: Transformer) -> None:
@@ -45,13 +43,3 @@ class NewWeights:
             strict=True,
         ):
             old.copy_(new)
-
-
-def check_finite(model: Transformer, directory: Path | str) -> None:
-    """Raise CheckpointError, naming the weight, where one is NaN or infinite."""
-    for name, weight in (*model.named_parameters(), *model.named_buffers()):
-        if not bool(weight.isfinite().all()):
-            raise CheckpointError(
-                f"{directory}: {name} holds numbers that are not finite (NaN or infinity); "
-                "use the checkpoint before it"
-            )

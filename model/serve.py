@@ -110,7 +110,6 @@ def load_service(
     from model.batching import Batcher
     from model.checkpoint import load_model
     from model.generate import Engine
-    from model.reload import check_finite
     from model.running import RunningBatch
     from model.service import Service
     from model.tokenizer import Tokenizer
@@ -121,7 +120,6 @@ def load_service(
         raise ModelError("--device cuda: no CUDA device here; use --device cpu")
     tokenizer = Tokenizer.load(checkpoint)
     model = load_model(checkpoint, device=device)
-    check_finite(model, checkpoint)
     if threads is not None:
         torch.set_num_threads(threads)
     elif model.config.hidden_size < SMALL_HIDDEN and "OMP_NUM_THREADS" not in os.environ:

@@ -1,8 +1,11 @@
 """A small model for tests of generation, and weights that all matter."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.config import PRESETS
 from model.transformer import Transformer
@@ -35,3 +38,13 @@ def make_uneven(model: Transformer, seed: int, bias: float) -> Transformer:
         found = layer.block_sparse_moe.e_score_correction_bias
         found.uniform_(-bias, bias, generator=generator)
     return model
+
+
+def spoil(folder: Path, name: str) -> Path:
+    """The checkpoint's folder, once a tensor of it holds NaN: nothing of ours writes such a one."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    return folder

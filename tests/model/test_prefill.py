@@ -94,6 +94,28 @@ def test_pieces_change_no_result(policy, asked, alone, piece, prefix_tokens, see
             check(row, alone[i][0])
 
 
+@pytest.mark.parametrize("piece", [1, 7, 30])
+def test_pieces_in_window_layers(asked: list[GenRequest], piece: int) -> None:
+    config = replace(CONFIG, attn_type_list=(1, 2, 2), sliding_window=20, num_sink_tokens=2)
+    model = make_uneven(Transformer(config, seed=0).cast(torch.float64), 1, 0.2)
+    wanted = Engine(model).generate(
+        [replace(r, prompt_logprobs=False, top_logprobs=0) for r in asked]
+    )
+    batch, rows = RunningBatch(Engine(model), prefill_tokens=piece), [Row(r) for r in asked]
+    gone = rows[2]
+    for start in range(0, len(rows), 4):
+        batch.join(rows[start : start + 4])
+        for _ in range(3):
+            batch.step()
+        batch.drop([gone] if gone.finish is None else [])
+    while batch.running:
+        batch.step()
+    for row, made in zip(rows, wanted, strict=True):
+        if row is not gone:
+            assert row.ids == made.ids
+            assert row.logprobs == pytest.approx(made.logprobs, abs=1e-10)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_rows_get_a_token_a_step_while_a_long_prompt_is_read(native: bool) -> None:
     config = replace(CONFIG, num_hidden_layers=1, max_position_embeddings=4_200)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from serve_helpers import CONTEXT, HELLO, Served, served, tiny_model, tiny_tokenizer
+from small_model import spoil
 from test_serve_process import start, wait_for
 
 from model.checkpoint import save_checkpoint
@@ -189,8 +190,7 @@ def test_without_a_pause_weights_wait_for_what_runs(served: Served, folders) -> 
     post(served, "load", {"path": str(folders("first")), "version": 0})
 
 
-def nan(model: Transformer) -> None:
-    model.layers[0].self_attn.o_proj[0, 0] = torch.nan
+NAN = "model.layers.0.self_attn.o_proj.weight"
 
 
 def test_weights_that_cannot_be_used_leave_the_old_ones_serving(
@@ -207,7 +207,7 @@ def test_weights_that_cannot_be_used_leave_the_old_ones_serving(
     index["weight_map"]["one.more"] = next(iter(index["weight_map"].values()))
     (extra / "model.safetensors.index.json").write_text(json.dumps(index))
     for path, reason in (
-        (folders("nan", nan), "o_proj holds numbers that are not finite"),
+        (spoil(folders("nan"), NAN), "o_proj.weight holds NaN or infinity"),
         (folders("tokens", tokenizer_from=tmp_path), "its tokenizer"),
         (folders("wide", vocab=800), "vocab_size is 800, but the model in use has"),
         (cut, "damaged or cut off"),
@@ -294,9 +294,9 @@ def test_the_routes_are_refused_where_others_could_reach_them(
 def test_weights_that_are_not_finite_are_not_served(
     folders, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--checkpoint", str(folders("broken", nan)), "--device", "cpu"]) == 2
+    assert main(["--checkpoint", str(spoil(folders("broken"), NAN)), "--device", "cpu"]) == 2
     told = capsys.readouterr().err
-    assert "o_proj holds numbers that are not finite" in told and told.count("\n") == 1
+    assert "o_proj.weight holds NaN or infinity" in told and told.count("\n") == 1
 
 
 def test_a_paused_server_stops_at_a_signal(folders, tmp_path: Path) -> None:

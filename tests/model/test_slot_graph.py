@@ -33,14 +33,14 @@ class Played:
 
     def __init__(self, step: Callable[[], Tensor]) -> None:
         self.step, self.cache = step, step.__self__.cache
-        self.data = self.cache.data
+        self.store = self.cache._store
         for _ in range(3):
             self.out = step().clone()
 
     def replay(self) -> None:
-        now, self.cache.data = self.cache.data, self.data
+        now, self.cache._store = self.cache._store, self.store
         self.out.copy_(self.step())
-        self.cache.data = now
+        self.cache._store = now
 
 
 def played(step: Callable[[], Tensor], device: torch.device) -> tuple[Played, Tensor]:
