@@ -14,43 +14,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import load_config
+from model.config import ModelConfig, load_config
 from model.errors import CheckpointError
 from model.layout import INDEX_NAME, find_tensors, read_index
 from model.shards import DTYPES, check_finite, finite, read_tensors, whole_folder, write_folder
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 
 
 def disk_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its name on disk, as a view into the model's weights."""
-    width = model.config.intermediate_size
     out: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed_tokens.data}
     for i, layer in enumerate(model.layers):
-        at = f"model.layers.{i}"
-        attention, moe = layer.self_attn, layer.block_sparse_moe
-        q, k, v = torch.split(attention.qkv_proj.data, attention.sizes)
-        out[f"{at}.input_layernorm.weight"] = layer.input_layernorm.weight.data
-        out[f"{at}.self_attn.q_proj.weight"] = q
-        out[f"{at}.self_attn.k_proj.weight"] = k
-        out[f"{at}.self_attn.v_proj.weight"] = v
-        out[f"{at}.self_attn.o_proj.weight"] = attention.o_proj.data
-        out[f"{at}.self_attn.q_norm.weight"] = attention.q_norm.weight.data
-        out[f"{at}.self_attn.k_norm.weight"] = attention.k_norm.weight.data
-        out[f"{at}.post_attention_layernorm.weight"] = layer.post_attention_layernorm.weight.data
-        out[f"{at}.block_sparse_moe.gate.weight"] = moe.gate_EH.data
-        if model.config.use_routing_bias:
-            out[f"{at}.block_sparse_moe.e_score_correction_bias"] = moe.e_score_correction_bias
-        for e in range(model.config.num_local_experts):
-            expert = f"{at}.block_sparse_moe.experts.{e}"
-            out[f"{expert}.w1.weight"] = moe.w13_EOH.data[e, :width]
-            out[f"{expert}.w3.weight"] = moe.w13_EOH.data[e, width:]
-            out[f"{expert}.w2.weight"] = moe.w2_EIH.data[e].t()
-        if moe.shared_w13_QH is not None and moe.shared_w2_HS is not None:
-            shared, w1_w3 = f"{at}.block_sparse_moe.shared_experts", moe.shared_w13_QH.data
-            out[f"{shared}.w1.weight"], out[f"{shared}.w3.weight"] = w1_w3.chunk(2)
-            out[f"{shared}.w2.weight"] = moe.shared_w2_HS.data
+        out |= block_tensors(layer, f"model.layers.{i}", model.config)
     out["model.norm.weight"] = model.norm.weight.data
     out["lm_head.weight"] = model.lm_head.data
+    return out
+
+
+def block_tensors(layer: Block, at: str, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of one block by their names on disk, which begin with `at`."""
+    width = config.intermediate_size
+    attention, moe = layer.self_attn, layer.block_sparse_moe
+    q, k, v = torch.split(attention.qkv_proj.data, attention.sizes)
+    out: dict[str, Tensor] = {
+        f"{at}.input_layernorm.weight": layer.input_layernorm.weight.data,
+        f"{at}.self_attn.q_proj.weight": q,
+        f"{at}.self_attn.k_proj.weight": k,
+        f"{at}.self_attn.v_proj.weight": v,
+        f"{at}.self_attn.o_proj.weight": attention.o_proj.data,
+        f"{at}.self_attn.q_norm.weight": attention.q_norm.weight.data,
+        f"{at}.self_attn.k_norm.weight": attention.k_norm.weight.data,
+        f"{at}.post_attention_layernorm.weight": layer.post_attention_layernorm.weight.data,
+        f"{at}.block_sparse_moe.gate.weight": moe.gate_EH.data,
+    }
+    if config.use_routing_bias:
+        out[f"{at}.block_sparse_moe.e_score_correction_bias"] = moe.e_score_correction_bias
+    for e in range(config.num_local_experts):
+        expert = f"{at}.block_sparse_moe.experts.{e}"
+        out[f"{expert}.w1.weight"] = moe.w13_EOH.data[e, :width]
+        out[f"{expert}.w3.weight"] = moe.w13_EOH.data[e, width:]
+        out[f"{expert}.w2.weight"] = moe.w2_EIH.data[e].t()
+    if moe.shared_w13_QH is not None and moe.shared_w2_HS is not None:
+        shared, w1_w3 = f"{at}.block_sparse_moe.shared_experts", moe.shared_w13_QH.data
+        out[f"{shared}.w1.weight"], out[f"{shared}.w3.weight"] = w1_w3.chunk(2)
+        out[f"{shared}.w2.weight"] = moe.shared_w2_HS.data
     return out
 
 
