@@ -23,7 +23,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.draft_data import Batch, TokenRow, batches, read_rows, sample_replies, write_rows
-from model.draft_loss import TOP_K, draft_loss
+from model.draft_loss import TOP_K, DraftLoss, draft_loss
 from model.errors import ModelError
 from model.generate import Engine
 from model.mtp import MTP, copy_attention, draft_config
@@ -89,7 +89,7 @@ def train(
             group["lr"] = rate
         found = _loss(model, mtp, next(data), training)
         optimiser.zero_grad()
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        found.loss.backward()
         torch.nn.utils.clip_grad_norm_(mtp.parameters(), 1.0)
         optimiser.step()
         for module in mtp.layers:
@@ -101,7 +101,7 @@ def train(
     return mtp
 
 
-def _loss(model: Transformer, mtp: MTP, batch: Batch, training: DraftTraining) -> Any:
+def _loss(model: Transformer, mtp: MTP, batch: Batch, training: DraftTraining) -> DraftLoss:
     return draft_loss(
         model,
         mtp,
@@ -122,9 +122,7 @@ def measure(
     wanted = sum(1 for _ in rows)
     seen, sums = 0, torch.zeros(2, depths, dtype=torch.float64)
     for batch in batches(rows, tokens, 0, model.device):
-        found = draft_loss(
-            model, mtp, batch.ids_BT, batch.first_B, batch.lengths_B, depths=depths
-        )
+        found = draft_loss(model, mtp, batch.ids_BT, batch.first_B, batch.lengths_B, depths=depths)
         sums += torch.stack([found.kl.cpu(), found.overlap.cpu()]) * len(batch.first_B)
         seen += len(batch.first_B)
         if seen >= wanted:

@@ -70,7 +70,9 @@ def _row(line: str, where: str, vocab_size: int, replies: bool) -> TokenRow:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{where}: no row ({error!r}); see model/draft_data.py") from None
     if not row.prompt or not known:
-        raise ModelError(f"{where}: prompt_ids must be ids from 0 to {vocab_size - 1}, at least one")
+        raise ModelError(
+            f"{where}: prompt_ids must be ids from 0 to {vocab_size - 1}, at least one"
+        )
     if replies and not row.reply:
         raise ModelError(f"{where}: no reply_ids; make them with `python -m model.draft sample`")
     return row

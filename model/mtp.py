@@ -3,7 +3,8 @@
 Module i (from 1) at position t joins the previous depth's hidden state h^{i−1}_t with the embedding
 of token t + i and predicts token t + i + 1:
 
-    h^i_t = Block_i(W_i [RMSNorm(Emb(token_{t+i})) ; RMSNorm(h^{i−1}_t)]),   logits = Head(RMSNorm(h^i_t))
+    h^i_t = Block_i(W_i [RMSNorm(Emb(token_{t+i})) ; RMSNorm(h^{i−1}_t)])
+    logits = Head(RMSNorm(h^i_t))
 
 h^0 is what the main model's head sees. Embedding and head are the main model's own (`Shared`). The
 embedding stands first in W, as in DeepSeek-V3's released weights; its paper writes it second.

@@ -11,7 +11,8 @@ on the drafts, not on the other rows. `Rule` "match" needs no q: the token is th
 decoding draws with the same seed, and a guess is accepted where it is that token. Replies are then
 those of plain decoding, token for token, and fewer guesses are accepted.
 
-Shapes: B rows, k drafts a round, j = k + 1 positions checked, M tokens, H hidden size, V vocabulary.
+Shapes: B rows, k guesses a round, j = k + 1 positions checked, M tokens, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -102,19 +103,23 @@ def accept(
     return _accepted(count_B, next_B, id_Bk, logp_BjV)
 
 
-def match(sampler: Sampler, policy_BjV: Tensor, id_Bk: Tensor, final_Bj: Tensor) -> Accepted:
+def match(
+    checker: Checker, sampler: Sampler, policy_MV: Tensor, id_Bk: Tensor, final_Bj: Tensor
+) -> Accepted:
     """Draw every position as plain decoding would; guesses stand as far as they are the same."""
-    batch, j, vocab = policy_BjV.shape
+    batch, j = final_Bj.shape
     wide = sampler.take(torch.arange(batch, device=id_Bk.device).repeat_interleave(j))
-    drawn_M, _, logp_MV = wide.draw(policy_BjV.reshape(-1, vocab), final_Bj.reshape(-1), None)
+    drawn_M, logp_M = checker.draw(wide, policy_MV, final_Bj.reshape(-1))
     drawn_Bj = drawn_M.view(batch, j)
     count_B = (drawn_Bj[:, : j - 1] == id_Bk).long().cumprod(1).sum(1)
     next_B = drawn_Bj.gather(1, count_B[:, None])[:, 0]
-    return _accepted(count_B, next_B, id_Bk, logp_MV.view(batch, j, vocab))
+    return Accepted(count_B, next_B, logp_M.view(batch, j))
 
 
 def _accepted(count_B: Tensor, next_B: Tensor, id_Bk: Tensor, logp_BjV: Tensor) -> Accepted:
-    out_Bj = torch.cat([id_Bk, next_B[:, None]], dim=1).scatter(1, count_B[:, None], next_B[:, None])
+    out_Bj = torch.cat([id_Bk, next_B[:, None]], dim=1).scatter(
+        1, count_B[:, None], next_B[:, None]
+    )
     return Accepted(count_B, next_B, logp_BjV.gather(2, out_Bj[:, :, None])[:, :, 0])
 
 
@@ -131,11 +136,13 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Tail:
     """What a row's drafts go on from: the model's hidden states (W, H) of its last columns, from
-    `start` on, and the row's ids, of which the last has no hidden state yet."""
+    `start` on, and the row's ids, of which the last has no hidden state yet. Drafts know nothing of
+    columns before `first`."""
 
     ids: Sequence[int]
     hidden_WH: Tensor
     start: int
+    first: int = 0
 
     @property
     def end(self) -> int:
@@ -161,6 +168,17 @@ class Drafter(Protocol):
 
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses: ...
 
+    def judge(
+        self,
+        sampler: Sampler,
+        policy_MV: Tensor,
+        guesses: Guesses,
+        accept_Bk: Tensor,
+        final_Bj: Tensor,
+    ) -> Accepted:
+        """`accept`, for the logits of all B·j positions."""
+        ...
+
     def move(self, source: int, target: int) -> None:
         """Row `target` becomes row `source`."""
         ...
@@ -179,23 +197,26 @@ class TorchDrafter:
 
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses:
         device, k = uniform_Bk.device, uniform_Bk.shape[1]
-        ends = [tail.end for tail in tails]
+        # Columns of the cache are counted from a tail's first; positions are not.
+        ends = [tail.end - tail.first for tail in tails]
         self._cache.fit(len(tails), max(ends) + k, self._cache.rows, self._filled)
-        self._filled = max(ends) + k
+        self._filled = max(self._filled, max(ends) + k)
         counts = [len(tail.hidden_WH) for tail in tails]
-        attend = JoinAttend(self._cache, 0, [tail.start for tail in tails], counts)
-        position_M = attend.column_M
+        attend = JoinAttend(self._cache, 0, [tail.start - tail.first for tail in tails], counts)
+        first_B = torch.tensor([tail.first for tail in tails], device=device)
+        position_M = attend.column_M + first_B[attend.row_M]
         last_B = torch.tensor(counts, device=device).cumsum(0) - 1
         h_MH = torch.cat([tail.hidden_WH for tail in tails])
         known = [list(tail.ids) for tail in tails]
-        ids, logits = [], []
+        ids: list[Tensor] = []
+        logits: list[Tensor] = []
         for d in range(1, k + 1):
             module = self.mtp.layers[min(d, self.mtp.count) - 1]
             again = d - self.mtp.count
             if again > 0:
                 starts = [end + again - 1 for end in ends]
                 attend = JoinAttend(self._cache, 0, starts, [1] * len(tails))
-                position_M, h_MH = attend.column_M, h_MH[last_B]
+                position_M, h_MH = attend.column_M + first_B, h_MH[last_B]
                 next_M = ids[-1]
                 last_B = torch.arange(len(tails), device=device)
             else:
@@ -213,6 +234,17 @@ class TorchDrafter:
             ids.append(id_B)
             logits.append(logits_BV)
         return Guesses(torch.stack(ids, 1), torch.stack(logits, 1))
+
+    def judge(
+        self,
+        sampler: Sampler,
+        policy_MV: Tensor,
+        guesses: Guesses,
+        accept_Bk: Tensor,
+        final_Bj: Tensor,
+    ) -> Accepted:
+        policy_BjV = policy_MV.view(*final_Bj.shape, -1)
+        return accept(sampler, policy_BjV, guesses.logits_BkV, guesses.id_Bk, accept_Bk, final_Bj)
 
     def move(self, source: int, target: int) -> None:
         self._cache.move(source, target, self._filled)
@@ -249,11 +281,41 @@ class _Live:
 
 
 class Checker(Protocol):
-    """`Transformer`, or native code with its weights."""
+    """How the model is run: `TorchChecker`, or native code with its weights."""
 
     def run(self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend) -> Tensor: ...
 
-    def head(self, x: Tensor) -> Tensor: ...
+    def head(self, x_MH: Tensor) -> Tensor: ...
+
+    def hidden_and_logits(
+        self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def draw(
+        self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class TorchChecker:
+    """The model as it is."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def run(self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend) -> Tensor:
+        return self.model.run(ids_M, position_M, attend)
+
+    def head(self, x_MH: Tensor) -> Tensor:
+        return self.model.head(x_MH)
+
+    def hidden_and_logits(
+        self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend
+    ) -> tuple[Tensor, Tensor]:
+        x_MH = self.model.run(ids_M, position_M, attend)
+        return x_MH, self.model.head(x_MH)
+
+    def draw(self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        return sampler.draw(logits_BV, uniform_B, None)[:2]
 
 
 @torch.inference_mode()
@@ -283,7 +345,9 @@ def speculate(
             )
     if isinstance(drafter, MTP):
         drafter = TorchDrafter(model, drafter)
-    return _Batch(model, drafter, requests, draft_tokens, rule, checker or model).run(version)
+    return _Batch(model, drafter, requests, draft_tokens, rule, checker or TorchChecker(model)).run(
+        version
+    )
 
 
 def may_speculate(request: GenRequest) -> bool:
@@ -335,7 +399,8 @@ class _Batch:
         x_MH = self.checker.run(ids_M, attend.column_M, attend)
         last_B = torch.tensor(counts, device=self.device).cumsum(0) - 1
         uniform_B = torch.stack([one.numbers.final[0] for one in self.live]).to(self.device)
-        id_B, logp_B, _ = self._sampler().draw(self.checker.head(x_MH[last_B]), uniform_B, None)
+        logits_BV = self.checker.head(x_MH[last_B])
+        id_B, logp_B = self.checker.draw(self._sampler(), logits_BV, uniform_B)
         for one, hidden_TH, id, logp in zip(
             self.live, torch.split(x_MH, counts), id_B.tolist(), logp_B.tolist(), strict=True
         ):
@@ -351,26 +416,27 @@ class _Batch:
         tails = [one.tail for one in live]
 
         def numbers(name: str, count: int) -> Tensor:
-            rows = [getattr(one.numbers, name)[n : n + count] for one, n in zip(live, said, strict=True)]
+            rows = [
+                getattr(one.numbers, name)[n : n + count] for one, n in zip(live, said, strict=True)
+            ]
             return torch.stack(rows).to(self.device)
 
         if k:
             guesses = self.drafter.propose(tails, sampler, numbers("draft", k))
-            id_Bk, draft_BkV = guesses.id_Bk, guesses.logits_BkV
         else:
-            id_Bk = torch.empty(len(live), 0, dtype=torch.long, device=self.device)
-            draft_BkV = torch.empty(len(live), 0, self.model.config.vocab_size, device=self.device)
+            guesses = _no_guesses(len(live), self.model)
+        id_Bk = guesses.id_Bk
         newest_B1 = torch.tensor([[tail.ids[-1]] for tail in tails], device=self.device)
         self.cache.fit(len(live), max(ends) + k + 1, len(live), max(ends))
         attend = JoinAttend(self.cache, 0, ends, [k + 1] * len(live))
         ids_M = torch.cat([newest_B1, id_Bk], dim=1).flatten()
-        x_MH = self.checker.run(ids_M, attend.column_M, attend)
-        logits_BjV = self.checker.head(x_MH).view(len(live), k + 1, -1)
+        x_MH, policy_MV = self.checker.hidden_and_logits(ids_M, attend.column_M, attend)
         final_Bj = numbers("final", k + 1)
         if self.rule == "match":
-            made = match(sampler, logits_BjV, id_Bk, final_Bj)
+            made = match(self.checker, sampler, policy_MV, id_Bk, final_Bj)
         else:
-            made = accept(sampler, logits_BjV, draft_BkV, id_Bk, numbers("accept", k), final_Bj)
+            accept_Bk = numbers("accept", k)
+            made = self.drafter.judge(sampler, policy_MV, guesses, accept_Bk, final_Bj)
         for one, guessed, count, last, logps, x_jH in zip(
             live,
             id_Bk.tolist(),
@@ -404,6 +470,11 @@ class _Batch:
         return sampler_of(rows, self.model.config.vocab_size, self.device)
 
 
+def _no_guesses(batch: int, model: Transformer) -> Guesses:
+    id_B0 = torch.empty(batch, 0, dtype=torch.long, device=model.device)
+    return Guesses(id_B0, torch.empty(batch, 0, model.config.vocab_size, device=model.device))
+
+
 def _nothing(request: GenRequest) -> Tail:
     return Tail(request.prompt_ids, torch.empty(0, 0), 0)
 
@@ -413,4 +484,4 @@ def _longer(tail: Tail, new: Sequence[int], x_jH: Tensor, window: int) -> Tail:
     columns are kept."""
     kept = min(window, len(tail.hidden_WH))
     hidden_WH = torch.cat([tail.hidden_WH[len(tail.hidden_WH) - kept :], x_jH]) if kept else x_jH
-    return Tail([*tail.ids, *new], hidden_WH, tail.end - kept)
+    return replace(tail, ids=[*tail.ids, *new], hidden_WH=hidden_WH, start=tail.end - kept)

@@ -15,42 +15,10 @@
 #include <string.h>
 
 #include "attention.h"
-#include "vectors.h"
+#include "model.h"
 
 #define ROWS (LANES > 8 ? 8 : 6) /* of a tile: 2 accumulators each */
-#define PANEL (2 * LANES)
 #define AHEAD 128 /* panel rows to fetch ahead: about a memory access's worth of work */
-
-/* `stride` is the distance in bytes from one expert's panels to the next one's. */
-struct matrix {
-    const char *panels;
-    int64_t inputs, outputs, is_short, stride;
-};
-
-struct layer {
-    struct matrix qkv, o, gate, w13, w2;
-    const float *norm, *q_norm, *k_norm, *moe_norm, *bias;
-};
-
-struct model {
-    int64_t layers, hidden, heads, kv_heads, head_dim, rotary, experts, top_k, width, vocab;
-    int64_t positions;
-    double eps;
-    const float *embed, *turn, *norm; /* turn: cos, then sin, (positions, R/2) each */
-    struct matrix head;
-    const struct layer *layer;
-};
-
-/* What to run: M tokens; token m is written to `column[m]` of row `row[m]` of the cache and sees
- * columns first[m] … column[m]. Keys and values of layer l lie at keys[l], values[l]; strides in
- * numbers. `hidden` (M, H) receives the normed hidden states and, where it is given, `logits`
- * (M, V padded to whole panels) what the head makes of them. */
-struct tokens {
-    int64_t count, row_stride, head_stride;
-    const int64_t *ids, *row, *column, *first, *position;
-    float *const *keys, *const *values;
-    float *hidden, *logits;
-};
 
 /* ------------------------------------------------------------------------------- products */
 
@@ -162,6 +130,10 @@ static void norm(const float *x, const float *weight, int64_t n, float eps, floa
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
+void native_norm(const float *x, const float *weight, int64_t n, float eps, float *out) {
+    norm(x, weight, n, eps, out);
+}
+
 /* Rotates `heads` heads in place; number j of a head turns with number j + R/2. */
 static void turn(float *x, int64_t heads, int64_t head_dim, int64_t half, const float *cos,
                  const float *sin) {
@@ -176,7 +148,7 @@ static void turn(float *x, int64_t heads, int64_t head_dim, int64_t half, const 
 /* ------------------------------------------------------------------------------ the forward */
 
 struct scratch {
-    float *x, *normed, *qkv, *mixed, *gate, *inner, *score, *weight, *pair_weight;
+    float *x, *normed, *joined, *qkv, *mixed, *gate, *inner, *score, *weight, *pair_weight;
     int32_t *chosen, *pair_token, *begin;
     const float **rows_in;
     float **rows_out;
@@ -196,6 +168,7 @@ static int64_t lay_out(const struct model *m, int64_t count, int64_t columns, ch
     s->inner_stride = up(m->width, PANEL);
     TAKE(x, float *, count * s->x_stride);
     TAKE(normed, float *, count * s->x_stride);
+    TAKE(joined, float *, m->enorm ? 2 * count * m->hidden : 0);
     TAKE(qkv, float *, count * s->qkv_stride);
     TAKE(mixed, float *, count * s->mixed_stride);
     TAKE(gate, float *, count * s->gate_stride);
@@ -307,6 +280,22 @@ static void mix(const struct model *m, const struct layer *layer, const struct t
     matmul(&layer->o, t->count, s->mixed, s->mixed_stride, s->x, s->x_stride, 1, s);
 }
 
+/* The stream's first state: embeddings or, in a draft module, what it makes of them and `given`. */
+static void begin(const struct model *m, const struct tokens *t, struct scratch *s) {
+    const int64_t H = m->hidden;
+    for (int64_t i = 0; i < t->count; i++) {
+        const float *embed = m->embed + t->ids[i] * H;
+        float *joined = s->joined + 2 * i * H;
+        if (m->enorm) {
+            norm(embed, m->enorm, H, (float)m->eps, joined);
+            norm(t->given + i * H, m->hnorm, H, (float)m->eps, joined + H);
+        } else {
+            memcpy(s->x + i * s->x_stride, embed, sizeof(float) * (size_t)H);
+        }
+    }
+    if (m->enorm) matmul(&m->eh, t->count, s->joined, 2 * H, s->x, s->x_stride, 0, s);
+}
+
 /* ------------------------------------------------------------------------- what Python calls */
 
 int64_t native_sizes(int64_t which) {
@@ -341,9 +330,7 @@ int64_t native_run(const struct model *m, const struct tokens *t, int64_t rows, 
             return 1;
     const float eps = (float)m->eps;
     lay_out(m, t->count, columns, memory, &s);
-    for (int64_t i = 0; i < t->count; i++)
-        memcpy(s.x + i * s.x_stride, m->embed + t->ids[i] * m->hidden,
-               sizeof(float) * (size_t)m->hidden);
+    begin(m, t, &s);
     for (int64_t l = 0; l < m->layers; l++) {
         const struct layer *layer = m->layer + l;
         for (int64_t i = 0; i < t->count; i++)
@@ -353,8 +340,13 @@ int64_t native_run(const struct model *m, const struct tokens *t, int64_t rows, 
             norm(s.x + i * s.x_stride, layer->moe_norm, m->hidden, eps, s.normed + i * s.x_stride);
         experts(m, layer, t->count, &s);
     }
-    for (int64_t i = 0; i < t->count; i++)
-        norm(s.x + i * s.x_stride, m->norm, m->hidden, eps, t->hidden + i * m->hidden);
+    for (int64_t i = 0; i < t->count; i++) {
+        const float *x = s.x + i * s.x_stride;
+        if (m->enorm)
+            memcpy(t->hidden + i * m->hidden, x, sizeof(float) * (size_t)m->hidden);
+        else
+            norm(x, m->norm, m->hidden, eps, t->hidden + i * m->hidden);
+    }
     if (t->logits) native_head(m, t->count, t->hidden, t->logits, memory);
     return 0;
 }

@@ -1,8 +1,9 @@
-"""Prompts that the nano's draft head is trained and measured on: `python -m scripts.nano.draft_prompts`.
+"""Prompts that the nano's draft head is trained and measured on.
 
 In turns: the opening of a policy episode with an invented task; and the first tokens of a grammar
 script as plain text, to be continued past its end. Where `--dialogues` names the file of
-scripts.nano.agent_dialogues, every ninth is one of the agent's turns. No text of a val competition. One `{"prompt_ids": …}` a line, as `python -m model.draft sample` reads it.
+scripts.nano.agent_dialogues, every ninth is one of the agent's turns. No text of a val competition.
+One `{"prompt_ids": …}` a line, as `python -m model.draft sample` reads it.
 """
 
 from __future__ import annotations

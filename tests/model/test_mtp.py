@@ -159,7 +159,9 @@ def test_modules_grow_by_copies_of_a_main_layer(layer):
     model, mtp = a_model(), modules(CONFIG)
     grown = grow(mtp, 3, model=model, layer=layer)
     for name, tensor in model.layers[layer].state_dict().items():
-        assert torch.equal(grown.layers[0].block.state_dict()[name], mtp.layers[0].block.state_dict()[name])
+        assert torch.equal(
+            grown.layers[0].block.state_dict()[name], mtp.layers[0].block.state_dict()[name]
+        )
         for module in grown.layers[1:]:
             assert torch.equal(module.block.state_dict()[name], tensor)
     assert torch.equal(grown.layers[2].eh_proj, mtp.layers[0].eh_proj)

@@ -36,13 +36,13 @@ def some_requests(seed=0, **settings) -> list[GenRequest]:
     ]
 
 
-class Perfect:
+class Perfect(TorchDrafter):
     """Guesses with the policy's own logits: every one is accepted."""
 
     window = 0
 
     def __init__(self, model):
-        self.model = model
+        self.model = model  # no modules: it asks the model itself
 
     def propose(self, tails, sampler, uniform_Bk):
         rows, ids, logits = [list(tail.ids) for tail in tails], [], []
@@ -65,7 +65,9 @@ def test_greedy_replies_are_those_of_plain_decoding(rule, count, k):
     model = a_model()
     requests = some_requests(temperature=0.0)
     plain = Engine(model).generate(requests)
-    made = speculate(model, MTP(DENSE, count).cast(torch.float64), requests, draft_tokens=k, rule=rule)
+    made = speculate(
+        model, MTP(DENSE, count).cast(torch.float64), requests, draft_tokens=k, rule=rule
+    )
     for ours, theirs in zip(made, plain, strict=True):
         assert ours.generation.ids == theirs.ids
         assert ours.generation.finish_reason == theirs.finish_reason
