@@ -130,18 +130,21 @@ def pad(rows: Sequence[TokenRow], device: torch.device | str = "cpu") -> Batch:
 def batches(
     rows: Sequence[TokenRow], tokens: int, seed: int, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """Batches of at most about `tokens` padded tokens, without end: rows of similar length
+    """Batches of at most `tokens` padded tokens (or one row), without end: rows of similar length
     together, a new order each time through."""
     rng = random.Random(seed)
     while True:
         order = list(rows)
         rng.shuffle(order)
         order.sort(key=lambda row: (len(row.prompt) + len(row.reply)) // 16)
-        parts: list[list[TokenRow]] = [[]]
+        parts: list[list[TokenRow]] = []
+        widest = 0
         for row in order:
             width = len(row.prompt) + len(row.reply)
-            if parts[-1] and (len(parts[-1]) + 1) * width > tokens:
+            widest = max(widest, width)
+            if not parts or (len(parts[-1]) + 1) * widest > tokens:
                 parts.append([])
+                widest = width
             parts[-1].append(row)
         rng.shuffle(parts)
         for part in parts:
