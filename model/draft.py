@@ -89,7 +89,7 @@ def train(
             group["lr"] = rate
         found = _loss(model, mtp, next(data), training)
         optimiser.zero_grad()
-        found.loss.backward()
+        found.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(mtp.parameters(), 1.0)
         optimiser.step()
         for module in mtp.layers:
