@@ -26,7 +26,7 @@ from model.draft_data import Batch, TokenRow, batches, read_rows, sample_replies
 from model.draft_loss import TOP_K, DraftLoss, draft_loss
 from model.errors import ModelError
 from model.generate import Engine
-from model.mtp import MTP, copy_attention, draft_config
+from model.mtp import MTP, begin_like, draft_config
 from model.mtp_files import load_mtp, save_mtp
 from model.transformer import Transformer
 
@@ -57,7 +57,7 @@ def train(
     training: DraftTraining,
     tell: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> MTP:
-    """Modules for this model, on its device. Attention starts as that of the model's last layer."""
+    """Modules for this model, on its device. Attention and norms start as the model's last ones."""
     if training.depths < training.modules:
         raise ModelError(
             f"draft: {training.depths} depths do not use {training.modules} modules; "
@@ -71,7 +71,7 @@ def train(
     )
     mtp = MTP(sizes, training.modules, seed=training.seed)
     for module in mtp.layers:
-        copy_attention(module, model)
+        begin_like(module, model)
         module.block.block_sparse_moe.track_load(training.experts > 1)
     mtp = mtp.to(model.device)
     optimiser = torch.optim.AdamW(

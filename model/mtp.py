@@ -102,8 +102,9 @@ class MTP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights of `initializer_range`, norms one. W starts as the hidden state's copy
-        plus that noise: depth i then begins as one more layer on top of depth i − 1."""
+        """Normal weights of `initializer_range`, norms one. W starts as the embedding's copy plus
+        that noise: the block then begins like a model's, with the token before the predicted one.
+        (A copy of the hidden state would begin sure of the wrong token, the one before.)"""
         generator = torch.Generator().manual_seed(seed)
         spread = self.config.initializer_range
         for name, weight in self.named_parameters():
@@ -112,7 +113,7 @@ class MTP(nn.Module):
                 continue
             weight.copy_(torch.empty(weight.shape).normal_(0.0, spread, generator=generator))
             if name.endswith("eh_proj"):
-                weight[:, len(weight) :] += torch.eye(len(weight))
+                weight[:, : len(weight)] += torch.eye(len(weight))
 
     def cast(self, dtype: torch.dtype) -> MTP:
         """Change the weights' type, in place; router weight and bias stay as in `Transformer`."""
@@ -267,9 +268,11 @@ def copy_block(module: MTPModule, model: Transformer, layer: int = -1) -> None:
     module.block.load_state_dict(source)
 
 
-def copy_attention(module: MTPModule, model: Transformer, layer: int = -1) -> None:
-    """Give a module the attention and norms of a layer; its experts stay as they are."""
+def begin_like(module: MTPModule, model: Transformer, layer: int = -1) -> None:
+    """Give a module the attention and norms of a layer, and the model's last norm; its experts stay
+    as they are. For blocks with fewer or narrower experts than the model's."""
     source = model.layers[layer]
     module.block.self_attn.load_state_dict(source.self_attn.state_dict())
     for name in ("input_layernorm", "post_attention_layernorm"):
         getattr(module.block, name).load_state_dict(getattr(source, name).state_dict())
+    module.norm.load_state_dict(model.norm.state_dict())

@@ -13,7 +13,7 @@ from model.mtp import (
     MTP,
     MTPSchedule,
     Shared,
-    copy_attention,
+    begin_like,
     draft_config,
     grow,
     mtp_loss,
@@ -178,7 +178,7 @@ def test_what_cannot_grow_says_so():
 
 def test_a_narrow_module_takes_a_layers_attention():
     model, mtp = a_model(), modules(DENSE)
-    copy_attention(mtp.layers[0], model)
+    begin_like(mtp.layers[0], model)
     own = mtp.layers[0].block
     assert torch.equal(own.self_attn.qkv_proj, model.layers[-1].self_attn.qkv_proj)
     assert torch.equal(own.input_layernorm.weight, model.layers[-1].input_layernorm.weight)
