@@ -166,6 +166,7 @@ def _train(options: argparse.Namespace, model: Transformer) -> None:
     rows = read_rows(options.data, model.config.vocab_size, replies=True)
     names = DraftTraining.__dataclass_fields__
     training = DraftTraining(**{k: v for k, v in vars(options).items() if k in names})
+    torch.set_float32_matmul_precision("high")  # on a GPU: a draft need not be exact
     mtp = train(model, rows, training, lambda row: print(json.dumps(row), flush=True))
     kept = {k: v for k, v in asdict(training).items() if v != math.inf}
     held = {}
