@@ -109,7 +109,11 @@ def match(
     """Draw every position as plain decoding would; guesses stand as far as they are the same."""
     batch, j = final_Bj.shape
     wide = sampler.take(torch.arange(batch, device=id_Bk.device).repeat_interleave(j))
-    drawn_M, logp_M = checker.draw(wide, policy_MV, final_Bj.reshape(-1))
+    uniform_M = final_Bj.reshape(-1)
+    if sampler.any_filter:
+        drawn_M, logp_M, _ = wide.draw(policy_MV, uniform_M, None)
+    else:
+        drawn_M, logp_M = checker.draw(wide, policy_MV, uniform_M)
     drawn_Bj = drawn_M.view(batch, j)
     count_B = (drawn_Bj[:, : j - 1] == id_Bk).long().cumprod(1).sum(1)
     next_B = drawn_Bj.gather(1, count_B[:, None])[:, 0]
@@ -199,7 +203,8 @@ class TorchDrafter:
         device, k = uniform_Bk.device, uniform_Bk.shape[1]
         # Columns of the cache are counted from a tail's first; positions are not.
         ends = [tail.end - tail.first for tail in tails]
-        self._cache.fit(len(tails), max(ends) + k, self._cache.rows, self._filled)
+        rows = self._cache.rows
+        self._cache.fit(max(len(tails), rows), max(ends) + k, rows, self._filled)
         self._filled = max(self._filled, max(ends) + k)
         counts = [len(tail.hidden_WH) for tail in tails]
         attend = JoinAttend(self._cache, 0, [tail.start - tail.first for tail in tails], counts)
@@ -247,7 +252,8 @@ class TorchDrafter:
         return accept(sampler, policy_BjV, guesses.logits_BkV, guesses.id_Bk, accept_Bk, final_Bj)
 
     def move(self, source: int, target: int) -> None:
-        self._cache.move(source, target, self._filled)
+        if source < self._cache.rows:  # otherwise nothing was guessed for it yet
+            self._cache.move(source, target, self._filled)
 
 
 def cache_config(mtp: MTP) -> ModelConfig:
@@ -291,9 +297,9 @@ class Checker(Protocol):
         self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend
     ) -> tuple[Tensor, Tensor]: ...
 
-    def draw(
-        self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    def draw(self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`Sampler.draw` where nothing limits the choice."""
+        ...
 
 
 class TorchChecker:
@@ -332,16 +338,16 @@ def speculate(
     """Continue every prompt as one batch; rows accept different counts and go on from their own.
 
     Log-probs are those of `Engine.generate`: the policy's, unmasked, at the request's temperature.
-    `checker` runs the model in another way (native code). Raises ModelError for requests with a
-    constraint, top_p or top_k, and where the drafts do not fit.
+    `checker` runs the model in another way (native code). Raises ModelError for requests that
+    guesses do not go with (`may_speculate`), and where the drafts do not fit.
     """
     if draft_tokens < 1:
         raise ModelError(f"draft_tokens is {draft_tokens}; it must be ≥ 1")
     for request in requests:
-        if not may_speculate(request):
+        if not may_speculate(request, rule) or request.prompt_logprobs:
             raise ModelError(
-                "request: drafts go with neither constraint, top_p, top_k, top_logprobs nor "
-                "prompt_logprobs; use Engine.generate for it"
+                "request: guesses go with no constraint, top_logprobs or prompt_logprobs, and by "
+                "rejection with no top_p or top_k; use Engine.generate for it"
             )
     if isinstance(drafter, MTP):
         drafter = TorchDrafter(model, drafter)
@@ -350,10 +356,11 @@ def speculate(
     )
 
 
-def may_speculate(request: GenRequest) -> bool:
-    """Whether nothing but the policy's softmax decides a request's tokens."""
-    free = request.constraint is None and request.top_p >= 1 and request.top_k == 0
-    return free and not request.top_logprobs and not request.prompt_logprobs
+def may_speculate(request: GenRequest, rule: Rule) -> bool:
+    """Whether guesses at this request's tokens can be judged: what is drawn from must be known for
+    all positions at once and, for rejection, be the whole softmax."""
+    whole = rule == "match" or (request.top_p >= 1 and request.top_k == 0)
+    return whole and request.constraint is None and not request.top_logprobs
 
 
 class _Batch:
@@ -400,7 +407,7 @@ class _Batch:
         last_B = torch.tensor(counts, device=self.device).cumsum(0) - 1
         uniform_B = torch.stack([one.numbers.final[0] for one in self.live]).to(self.device)
         logits_BV = self.checker.head(x_MH[last_B])
-        id_B, logp_B = self.checker.draw(self._sampler(), logits_BV, uniform_B)
+        id_B, logp_B, _ = self._sampler().draw(logits_BV, uniform_B, None)
         for one, hidden_TH, id, logp in zip(
             self.live, torch.split(x_MH, counts), id_B.tolist(), logp_B.tolist(), strict=True
         ):

@@ -72,7 +72,8 @@ class NativeDrafter:
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses:
         batch, k = uniform_Bk.shape
         most = max(tail.end - tail.first for tail in tails) + k
-        self._cache.fit(batch, most, self._cache.rows, self._filled)
+        rows = self._cache.rows
+        self._cache.fit(max(batch, rows), most, rows, self._filled)
         self._filled = max(self._filled, most)
         if sum(len(tail.hidden_WH) for tail in tails) > CHUNK:
             tails = [self._read(row, tail) for row, tail in enumerate(tails)]
@@ -147,7 +148,8 @@ class NativeDrafter:
         return Accepted(count_B, next_B, logp_Bj)
 
     def move(self, source: int, target: int) -> None:
-        self._cache.move(source, target, self._filled)
+        if source < self._cache.rows:  # otherwise nothing was guessed for it yet
+            self._cache.move(source, target, self._filled)
 
     def _read(self, row: int, tail: Tail) -> Tail:
         """Fill a row's columns but the newest, a few at a time; the tail that is left."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_model import CONFIG, VOCAB, make_uneven
 
 from model.attention import CausalAttend
 from model.draft_loss import draft_loss, top_k_kl
@@ -20,7 +21,6 @@ from model.mtp import (
     settled,
 )
 from model.transformer import Transformer
-from tests.model.small_model import CONFIG, VOCAB, make_uneven
 
 DENSE = draft_config(CONFIG, experts=1, top_k=1, width=24)
 

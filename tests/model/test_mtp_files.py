@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_model import CONFIG, VOCAB, make_uneven
 
 from model.draft import DraftTraining, main, train
 from model.draft_data import TokenRow, batches, pad, read_rows, write_rows
@@ -13,7 +14,6 @@ from model.errors import CheckpointError, ModelError
 from model.mtp import MTP, draft_config
 from model.mtp_files import load_mtp, mtp_tensors, save_mtp
 from model.transformer import Transformer
-from tests.model.small_model import CONFIG, VOCAB, make_uneven
 
 FEW = draft_config(CONFIG, experts=2, top_k=1, width=12)
 

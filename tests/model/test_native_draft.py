@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_model import CONFIG, VOCAB, make_uneven
 
 from model.generate import Engine, GenRequest
 from model.mtp import MTP, draft_config
@@ -13,7 +14,6 @@ from model.native.step import NativeModel
 from model.sampling import Sampler
 from model.speculative import Guesses, Tail, TorchDrafter, accept, speculate
 from model.transformer import Transformer
-from tests.model.small_model import CONFIG, VOCAB, make_uneven
 
 CPU = torch.device("cpu")
 DENSE = draft_config(CONFIG, experts=1, top_k=1, width=24)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.stats import chi2
+from small_model import CONFIG, CONTEXT, VOCAB, make_uneven
 
 from model import speculative
 from model.errors import ModelError
@@ -13,7 +14,6 @@ from model.generate import Engine, GenRequest
 from model.mtp import MTP, draft_config
 from model.speculative import Accepted, Guesses, TorchDrafter, speculate
 from model.transformer import Transformer
-from tests.model.small_model import CONFIG, CONTEXT, VOCAB, make_uneven
 
 DENSE = draft_config(CONFIG, experts=1, top_k=1, width=24)
 
@@ -87,6 +87,7 @@ def test_perfect_drafts_are_all_accepted(rule):
 def test_matched_replies_are_the_samples_of_plain_decoding():
     model = a_model()
     requests = some_requests(temperature=0.7)
+    requests += [replace(r, top_p=0.8) for r in requests] + [replace(r, top_k=3) for r in requests]
     plain = Engine(model).generate(requests)
     for drafter in (MTP(DENSE, 2).cast(torch.float64), Perfect(model)):
         made = speculate(model, drafter, requests, draft_tokens=2, rule="match")
@@ -165,6 +166,8 @@ def test_what_drafts_cannot_serve_is_refused():
     for settings in ({"top_p": 0.9}, {"top_k": 3}, {"top_logprobs": 2}):
         with pytest.raises(ModelError, match="top_p"):
             speculate(model, mtp, [GenRequest((1,), 4, **settings)])
+    with pytest.raises(ModelError, match="top_logprobs"):
+        speculate(model, mtp, [GenRequest((1,), 4, top_logprobs=2)], rule="match")
     with pytest.raises(ModelError, match="draft_tokens is 0"):
         speculate(model, mtp, [GenRequest((1,), 4)], draft_tokens=0)
     with pytest.raises(ModelError, match="hidden_size"):
