@@ -177,7 +177,7 @@ def mtp_loss(
     total = h_MH.new_zeros((), dtype=float_of(h_MH.dtype))
     for i, module in enumerate(mtp.layers, 1):
         # Columns from T − i on get token 0. Nothing real looks to the right, so they do no harm.
-        attend = CausalAttend(batch, time)
+        attend = CausalAttend(mtp.config, batch, time)
         h_MH = module(shared, h_MH, ahead(ids_BT, i).flatten(), position_M, attend)
         real_M = (column_T + i + 1 < lengths_B[:, None]).flatten()
         target_m = ahead(ids_BT, i + 1).flatten()[real_M]

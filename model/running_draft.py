@@ -119,7 +119,9 @@ class Speculation:
 
     def wants(self, rows: Sequence[Row]) -> bool:
         """Whether the next step of these rows is to be fed with guesses."""
-        return 0 < len(rows) <= self.most_rows and all(may_speculate(r.request) for r in rows)
+        return 0 < len(rows) <= self.most_rows and all(
+            may_speculate(r.request, self.rule) for r in rows
+        )
 
     def drop(self) -> None:
         """Forget guesses that are not judged: rows came or went."""

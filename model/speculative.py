@@ -31,6 +31,7 @@ from model.mtp import MTP, Shared
 from model.sampling import Sampler, uniforms
 from model.slots import JoinAttend, SlotCache
 from model.transformer import Transformer
+from model.window import has_windows
 
 Rule = Literal["reject", "match"]
 _STREAMS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # apart from a seed's own numbers
@@ -343,6 +344,11 @@ def speculate(
     """
     if draft_tokens < 1:
         raise ModelError(f"draft_tokens is {draft_tokens}; it must be ≥ 1")
+    if has_windows(model.config):
+        raise ModelError(
+            "the model has window layers, whose rings forget what a rejected guess writes over; "
+            "use Engine.generate for it"
+        )
     for request in requests:
         if not may_speculate(request, rule) or request.prompt_logprobs:
             raise ModelError(

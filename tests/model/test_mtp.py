@@ -54,7 +54,7 @@ def naive_depths(model, mtp, ids):
             p = h[t] / (h[t].pow(2).mean() + CONFIG.rms_norm_eps).sqrt() * module.hnorm.weight
             joined.append(module.eh_proj @ torch.cat([e, p]))
         cos, sin = model.rotary[:, :rows].double().unsqueeze(2)
-        h = module.block(torch.stack(joined), cos, sin, CausalAttend(1, rows))
+        h = module.block(torch.stack(joined), cos, sin, CausalAttend(mtp.config, 1, rows))
         out.append(h)
     return out
 
@@ -110,6 +110,16 @@ def test_a_detached_loss_reaches_the_modules_only():
     assert all(weight.grad is not None for weight in mtp.parameters())
     mtp_loss(model, mtp, model.hidden(ids), ids, lengths).backward()
     assert model.embed_tokens.grad.any() and model.layers[0].self_attn.o_proj.grad.any()
+
+
+def test_modules_of_a_model_with_windows_see_everything():
+    windows = replace(CONFIG, attn_type_list=(2, 2, 1), sliding_window=2)
+    assert MTP(windows).config.attn_type_list == () and MTP(windows).config.sliding_window is None
+    model = Transformer(windows, seed=1).cast(torch.float64)
+    mtp = modules(draft_config(windows, experts=1, top_k=1, width=24))
+    ids, lengths = padded(ROWS)
+    loss = mtp_loss(model, mtp, model.hidden(ids), ids, lengths)
+    torch.testing.assert_close(loss, naive_loss(model, mtp, ROWS), rtol=0, atol=1e-10)
 
 
 def test_rows_too_short_for_any_target_cost_nothing():

@@ -173,6 +173,9 @@ def test_what_drafts_cannot_serve_is_refused():
     with pytest.raises(ModelError, match="hidden_size"):
         speculate(model, MTP(replace(DENSE, hidden_size=64)), [GenRequest((1,), 4)])
     assert speculate(model, mtp, []) == []
+    windows = replace(CONFIG, attn_type_list=(1, 2, 2), sliding_window=8)
+    with pytest.raises(ModelError, match="rings forget"):
+        speculate(Transformer(windows), mtp, [GenRequest((1,), 4)])
 
 
 # ------------------------------------------------------------------------- the distribution
