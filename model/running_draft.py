@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +21,25 @@ from torch import Tensor
 from model.errors import ModelError
 from model.generate import Row, sampler_of
 from model.mtp import MTP
+from model.native.build import NativeUnavailableError
 from model.native.draft import NativeDrafter
 from model.native.step import NativeModel
 from model.sampling import Sampler
 from model.slots import JoinAttend, SlotCache
 from model.speculative import Guesses, Numbers, Rule, Tail, match, may_speculate
+from model.transformer import Transformer
 
-MOST_ROWS = 8
-"""With more rows, checking guesses costs more than it saves (docs/mtp.md)."""
+MOST_ROWS = 16
+"""With more rows, even guesses that all stand save nothing."""
+REST = 64
+"""Plain steps after guesses did not pay, before they are tried again."""
+_MEMORY, _TRIAL = 0.9, 12  # of the mean of tokens a round; rounds before it is believed
+
+
+def break_even(guesses: int, rows: int) -> float:
+    """Tokens a round that guessing must give to cost what plain steps do, in native code: checking
+    and making a guess costs a share of a step that grows with the rows (docs/mtp.md)."""
+    return 1 + guesses * (0.3 + 0.04 * rows)
 
 
 @dataclass(eq=False)
@@ -57,6 +69,16 @@ class Drawn:
     newest_B: Tensor
 
 
+@dataclass(frozen=True)
+class DraftOptions:
+    """Modules to guess with, and the settings of `Speculation`."""
+
+    mtp: MTP
+    guesses: int = 3
+    most_rows: int = MOST_ROWS
+    rule: Rule = "match"
+
+
 @dataclass
 class Counts:
     """Rounds that checked guesses, guesses checked, guesses that stood."""
@@ -66,30 +88,125 @@ class Counts:
     accepted: int = 0
 
 
+class Guessing(Protocol):
+    """What a running batch tells of its rows, and asks for: `Speculation`, or `NO_GUESSES`."""
+
+    @property
+    def counts(self) -> Counts: ...
+
+    @property
+    def guesses(self) -> int:
+        """A round, at most; 0 for no rounds."""
+        ...
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are guesses to judge."""
+        ...
+
+    def begin(self, row: Row, hidden_TH: Tensor, start: int) -> None:
+        """A row has read its prompt; the hidden states of its tokens from `start` on."""
+        ...
+
+    def copy(self, source: Row, row: Row) -> None:
+        """A row has the prompt that `source` has just read."""
+        ...
+
+    def fed(self, rows: Sequence[Row], hidden_BH: Tensor, lengths: Sequence[int]) -> None:
+        """A plain step has fed column `lengths[b]` of each row."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `target` becomes slot `source`."""
+        ...
+
+    def drop(self) -> None:
+        """Forget guesses that are not judged: rows came or went."""
+        ...
+
+    def wants(self, rows: Sequence[Row]) -> bool:
+        """Whether the next step of these rows is to be fed with guesses."""
+        ...
+
+    def feed(self, rows: Sequence[Row], lengths: Sequence[int], cache: SlotCache) -> Tensor:
+        """Guess, and feed each row's newest id and its guesses from column `lengths[b]` on; logits
+        (B, V) after the newest ids. The cache has room for as many guesses as the context has."""
+        ...
+
+    def draw(self, rows: Sequence[Row]) -> Drawn:
+        """Judge the pending guesses of the same rows."""
+        ...
+
+
+def follow(
+    old: Guessing, options: DraftOptions | None, native: NativeModel | None, model: Transformer
+) -> tuple[Guessing, str]:
+    """Guessing with the weights as they are now, and why there is none. Raises ModelError where the
+    modules do not fit the model."""
+    if options is None:
+        return NO_GUESSES, ""
+    if native is None:
+        return NO_GUESSES, ", no guesses (they need native code)"
+    if isinstance(old, Speculation) and old.native is native:
+        old.update()
+        return old, ""
+    options.mtp.check_fits(model)
+    try:
+        return Speculation(native, options), ""
+    except NativeUnavailableError as error:
+        return NO_GUESSES, f", no guesses ({error})"
+
+
+class _NoGuesses:
+    """Every step is a plain one."""
+
+    counts, guesses, pending = Counts(), 0, False
+
+    def begin(self, row: Row, hidden_TH: Tensor, start: int) -> None:
+        pass
+
+    def copy(self, source: Row, row: Row) -> None:
+        pass
+
+    def fed(self, rows: Sequence[Row], hidden_BH: Tensor, lengths: Sequence[int]) -> None:
+        pass
+
+    def move(self, source: int, target: int) -> None:
+        pass
+
+    def drop(self) -> None:
+        pass
+
+    def wants(self, rows: Sequence[Row]) -> bool:
+        return False
+
+    def feed(self, rows: Sequence[Row], lengths: Sequence[int], cache: SlotCache) -> Tensor:
+        raise AssertionError("nothing is guessed")
+
+    def draw(self, rows: Sequence[Row]) -> Drawn:
+        raise AssertionError("nothing is guessed")
+
+
+NO_GUESSES = _NoGuesses()
+
+
 class Speculation:
     """Guesses for the rows of one running batch, whose first slots they have in the given order.
 
-    `guesses` a round, as long as no more than `most_rows` rows write and all of them may speculate.
-    Raises ModelError where the modules do not fit, and NativeUnavailableError (model.native.build)
-    where native code cannot run them.
+    As many guesses a round as the options say, as long as no more than `most_rows` rows write, all
+    of them may speculate, and it pays: where a round's tokens stay below `break_even`, `REST` plain
+    steps follow. With rule "match" none of this can be seen in the replies.
     """
 
-    def __init__(
-        self,
-        native: NativeModel,
-        mtp: MTP,
-        *,
-        guesses: int = 3,
-        most_rows: int = MOST_ROWS,
-        rule: Rule = "match",
-    ) -> None:
-        if guesses < 1:
-            raise ModelError(f"--draft-tokens is {guesses}; it must be ≥ 1")
-        self._native, self._drafter = native, NativeDrafter(native, mtp)
-        self.guesses, self.most_rows, self.rule = guesses, most_rows, rule
+    def __init__(self, native: NativeModel, options: DraftOptions) -> None:
+        if options.guesses < 1:
+            raise ModelError(f"{options.guesses} guesses a step; it must be ≥ 1")
+        self.native, self._drafter = native, NativeDrafter(native, options.mtp)
+        self.guesses, self.most_rows, self.rule = options.guesses, options.most_rows, options.rule
         self.counts = Counts()
         self._known: WeakKeyDictionary[Row, _Known] = WeakKeyDictionary()
         self._pending: _Pending | None = None
+        self._gain, self._trials, self._resting = 0.0, 0, 0
         self._sampler: tuple[list[Row], Sampler] | None = None
 
     def update(self) -> None:
@@ -98,47 +215,44 @@ class Speculation:
         self.drop()
 
     def begin(self, row: Row, hidden_TH: Tensor, start: int) -> None:
-        """A row has read its prompt; the hidden states of its tokens from `start` on."""
         numbers = Numbers.of(row.request, self.rule, self.guesses)
         self._known[row] = _Known(numbers, hidden_TH, start, start)
 
     def copy(self, source: Row, row: Row) -> None:
-        """A row has the prompt that `source` has just read."""
         known = self._known[source]
         self.begin(row, known.hidden_WH, known.start)
 
     def fed(self, rows: Sequence[Row], hidden_BH: Tensor, lengths: Sequence[int]) -> None:
-        """A plain step has fed column `lengths[b]` of each row: guesses begin anew there."""
+        # Guesses begin anew there: what came before is lost to them.
         for row, hidden_H, column in zip(rows, hidden_BH, lengths, strict=True):
             known = self._known[row]
             known.hidden_WH, known.start, known.first = hidden_H[None], column, column
 
     def move(self, source: int, target: int) -> None:
-        """Slot `target` becomes slot `source`."""
         self._drafter.move(source, target)
 
     def wants(self, rows: Sequence[Row]) -> bool:
-        """Whether the next step of these rows is to be fed with guesses."""
-        return 0 < len(rows) <= self.most_rows and all(
-            may_speculate(r.request, self.rule) for r in rows
-        )
+        if not 0 < len(rows) <= self.most_rows:
+            return False
+        if not all(may_speculate(row.request, self.rule) for row in rows):
+            return False
+        if self._resting:
+            self._resting -= 1
+            return False
+        if self._trials >= _TRIAL and self._gain < break_even(self.guesses, len(rows)):
+            self._gain, self._trials, self._resting = 0.0, 0, REST
+            return False
+        return True
 
     def drop(self) -> None:
-        """Forget guesses that are not judged: rows came or went."""
         self._pending = None
 
     @property
     def pending(self) -> bool:
-        """Whether there are guesses to judge."""
         return self._pending is not None
 
-    def feed(
-        self, rows: Sequence[Row], lengths: Sequence[int], cache: SlotCache, context: int
-    ) -> Tensor:
-        """Guess, and feed each row's newest id and its guesses from column `lengths[b]` on; logits
-        (B, V) after the newest ids. The cache has room for them (`guesses` more than a plain step
-        needs)."""
-        k = min(self.guesses, context - max(lengths) - 1)
+    def feed(self, rows: Sequence[Row], lengths: Sequence[int], cache: SlotCache) -> Tensor:
+        k = min(self.guesses, self.native.config.max_position_embeddings - max(lengths) - 1)
         ids = [[*row.request.prompt_ids, *row.ids] for row in rows]
         known = [self._known[row] for row in rows]
         if k:
@@ -148,28 +262,28 @@ class Speculation:
             uniform_Bk = self._numbers("draft", rows, k)
             guesses = self._drafter.propose(tails, self._sampler_of(rows), uniform_Bk)
         else:
-            vocab = self._native.config.vocab_size
+            vocab = self.native.config.vocab_size
             guesses = Guesses(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0, vocab))
         newest_B1 = torch.tensor([[own[-1]] for own in ids])
         attend = JoinAttend(cache, 0, lengths, [k + 1] * len(rows))
         ids_M = torch.cat([newest_B1, guesses.id_Bk], dim=1).flatten()
-        x_MH, policy_MV = self._native.hidden_and_logits(ids_M, attend.column_M, attend)
+        x_MH, policy_MV = self.native.hidden_and_logits(ids_M, attend.column_M, attend)
         for x, column in zip(known, lengths, strict=True):
-            x.start = column  # the hidden states before were used up
+            x.start = column  # the hidden states before were used up, or are given up
+            x.first = x.first if k else column
         self._pending = _Pending(guesses, policy_MV, x_MH.view(len(rows), k + 1, -1))
         for x, hidden_jH in zip(known, self._pending.hidden_BjH, strict=True):
             x.hidden_WH = hidden_jH[:1]
         return policy_MV.view(len(rows), k + 1, -1)[:, 0]
 
     def draw(self, rows: Sequence[Row]) -> Drawn:
-        """Judge the pending guesses of the same rows."""
         pending = self._pending
         assert pending is not None
         self._pending = None
         guesses, k = pending.guesses, pending.guesses.id_Bk.shape[1]
         sampler, final_Bj = self._sampler_of(rows), self._numbers("final", rows, k + 1)
         if self.rule == "match":
-            made = match(self._native, sampler, pending.policy_MV, guesses.id_Bk, final_Bj)
+            made = match(self.native, sampler, pending.policy_MV, guesses.id_Bk, final_Bj)
         else:
             accept_Bk = self._numbers("accept", rows, k)
             made = self._drafter.judge(sampler, pending.policy_MV, guesses, accept_Bk, final_Bj)
@@ -185,6 +299,10 @@ class Speculation:
         ]
         for row, hidden_jH, count in zip(rows, pending.hidden_BjH, counts, strict=True):
             self._known[row].hidden_WH = hidden_jH[: count + 1]
+        mean = 1 + sum(counts) / len(rows)
+        kept = min(_MEMORY, self._trials / (self._trials + 1))  # a plain mean at first
+        self._gain = kept * self._gain + (1 - kept) * mean
+        self._trials += 1
         self.counts.rounds += len(rows)
         self.counts.drafted += k * len(rows)
         self.counts.accepted += sum(counts)
@@ -200,6 +318,6 @@ class Speculation:
 
     def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
         if self._sampler is None or self._sampler[0] != list(rows):
-            sampler = sampler_of(rows, self._native.config.vocab_size, torch.device("cpu"))
+            sampler = sampler_of(rows, self.native.config.vocab_size, torch.device("cpu"))
             self._sampler = (list(rows), sampler)
         return self._sampler[1]
