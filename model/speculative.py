@@ -204,9 +204,9 @@ class TorchDrafter:
         device, k = uniform_Bk.device, uniform_Bk.shape[1]
         # Columns of the cache are counted from a tail's first; positions are not.
         ends = [tail.end - tail.first for tail in tails]
-        rows = self._cache.rows
-        self._cache.fit(max(len(tails), rows), max(ends) + k, rows, self._filled)
-        self._filled = max(self._filled, max(ends) + k)
+        rows, filled = self._cache.rows, self._filled
+        self._filled = max(filled, max(ends) + k)
+        self._cache.fit(max(len(tails), rows), self._filled, rows, filled)
         counts = [len(tail.hidden_WH) for tail in tails]
         attend = JoinAttend(self._cache, 0, [tail.start - tail.first for tail in tails], counts)
         first_B = torch.tensor([tail.first for tail in tails], device=device)

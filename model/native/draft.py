@@ -72,9 +72,9 @@ class NativeDrafter:
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses:
         batch, k = uniform_Bk.shape
         most = max(tail.end - tail.first for tail in tails) + k
-        rows = self._cache.rows
-        self._cache.fit(max(batch, rows), most, rows, self._filled)
-        self._filled = max(self._filled, most)
+        rows, filled = self._cache.rows, self._filled
+        self._filled = max(filled, most)
+        self._cache.fit(max(batch, rows), self._filled, rows, filled)
         if sum(len(tail.hidden_WH) for tail in tails) > CHUNK:
             tails = [self._read(row, tail) for row, tail in enumerate(tails)]
         ids_M, place_4M, given_MH, last_B = _places(tails)

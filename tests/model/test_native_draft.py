@@ -88,6 +88,19 @@ def test_a_long_first_tail_is_read_in_parts(model, native):
     torch.testing.assert_close(a.logits_BkV, b.logits_BkV, rtol=1e-4, atol=1e-4)
 
 
+def test_a_drafter_serves_one_batch_after_another():
+    """Long rows, then many short ones: its cache has grown both ways."""
+    long = replace(CONFIG, max_position_embeddings=512)
+    model = make_uneven(Transformer(long, seed=1), 2, 0.3)
+    native = NativeModel(model)
+    drafter = NativeDrafter(native, modules(replace(DENSE, max_position_embeddings=512)))
+    for count, length in ((1, 200), (9, 5), (2, 300), (17, 9)):
+        requests = [GenRequest((1, 2, 3 + i), length, seed=i) for i in range(count)]
+        made = speculate(model, drafter, requests, rule="match", checker=native)
+        plain = Engine(model).generate(requests)
+        assert [one.generation.ids for one in made] == [one.ids for one in plain]
+
+
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_judging_is_that_of_torch(native, k):
     drafter, batch, generator = NativeDrafter(native, modules(DENSE)), 300, torch.Generator()
