@@ -3,9 +3,9 @@
 Native code, one thread. Two kinds of prompts that the head was not trained on: `policy`, openings
 of policy episodes with invented tasks (replies end by themselves), and `text`, the first 64 tokens
 of the committed scripts, continued for 128 tokens whatever comes. Temperature 1. For 1, 8 and 32
-requests at once, plain decoding (`Engine.generate`) and speculation with 1, 2 and 3 guesses a round
-are run in turns; what is compared is processor time a token, which hardly depends on what else the
-machine does.
+requests at once, plain decoding (a running batch, as the server has it) and speculation with 1, 2
+and 3 guesses a round are run in turns; what is compared is processor time a token, which hardly
+depends on what else the machine does.
 
 `accepted_kN` is the share of N guesses a round that stood and `tokens_a_round_kN` the tokens that a
 round gave, over both kinds with rule "reject"; `speed_up_R_kN` the median of the paired ratios at R
@@ -31,12 +31,14 @@ from benchmarks.common import ROOT, emit, report
 from benchmarks.serve import prompts as text_prompts
 from model.checkpoint import load_model
 from model.errors import ModelError
-from model.generate import Engine, Generation, GenRequest
+from model.generate import Engine, GenRequest, Row
 from model.mtp_files import load_mtp
 from model.native.draft import NativeDrafter
 from model.native.step import NativeModel
+from model.running import RunningBatch
 from model.speculative import Rule, Speculated, speculate
 from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 from scripts.nano.draft_prompts import policy_prompts
 
 NANO = ROOT / "model" / "checkpoints" / "nano"
@@ -52,6 +54,15 @@ def requests_of(kind: str, count: int, tokenizer: Tokenizer, eos: int) -> list[G
     rows = policy_prompts(tokenizer, random.Random(SEED))
     stop = frozenset([eos])
     return [GenRequest(next(rows).prompt, 192, seed=i, stop_ids=stop) for i in range(count)]
+
+
+def plainly(batch: RunningBatch, asked: Sequence[GenRequest]) -> list[list[int]]:
+    """Replies of a running batch that does not guess."""
+    rows = [Row(request) for request in asked]
+    batch.join(rows)
+    while batch.running:
+        batch.step()
+    return [row.ids for row in rows]
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -79,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     tokenizer, eos = Tokenizer.load(NANO), model.config.eos_token_id
     assert eos is not None
-    engine = Engine(model, max_batch=max(options.requests))
+    batch = RunningBatch(Engine(model), max_batch=max(options.requests), prefix_tokens=0)
     rows: list[dict[str, Any]] = []
     for kind in ("policy", "text"):
         for count in options.requests:
             asked = requests_of(kind, count, tokenizer, eos)
-            rows += _compare(kind, asked, engine, drafter, native, options)
+            rows += _compare(kind, asked, model, batch, drafter, native, options)
     emit(report("speculation", _figures(rows, options), rows, ("torch",)), options.json)
     return 0
 
@@ -92,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(
     kind: str,
     asked: list[GenRequest],
-    engine: Engine,
+    model: Transformer,
+    batch: RunningBatch,
     drafter: NativeDrafter,
     native: NativeModel,
     options: argparse.Namespace,
@@ -102,17 +114,17 @@ def _compare(
         (rule, k) for rule in ("reject", "match") for k in options.guesses
     ]
     found: list[list[tuple[list[Speculated], float]]] = [[] for _ in settings]
-    plain: list[tuple[list[Generation], float]] = []
+    plain: list[tuple[list[list[int]], float]] = []
     repeats = max(options.repeats, -(-options.repeats * 4 // len(asked)))
     for repeat in range(repeats + 1):
         now = [replace(r, seed=1000 * repeat + i) for i, r in enumerate(asked)]
-        once = timed(lambda: engine.generate(now))  # noqa: B023
+        once = timed(lambda: plainly(batch, now))  # noqa: B023
         if repeat:
             plain.append(once)
         for (rule, k), kept in zip(settings, found, strict=True):
             done = timed(
                 lambda: speculate(
-                    engine.model,
+                    model,
                     drafter,
                     now,  # noqa: B023
                     draft_tokens=k,  # noqa: B023
@@ -122,7 +134,7 @@ def _compare(
             )
             if repeat:
                 kept.append(done)
-    base = [seconds / sum(len(g.ids) for g in made) for made, seconds in plain]
+    base = [seconds / sum(map(len, made)) for made, seconds in plain]
     out = []
     for (rule, k), kept in zip(settings, found, strict=True):
         every = [one for made, _ in kept for one in made]
@@ -142,7 +154,7 @@ def _compare(
         }
         if rule == "match":
             row["same"] = all(
-                a.generation.ids == b.ids
+                a.generation.ids == b
                 for (made, _), (like, _) in zip(kept, plain, strict=True)
                 for a, b in zip(made, like, strict=True)
             )

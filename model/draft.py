@@ -72,8 +72,8 @@ def train(
     mtp = MTP(sizes, training.modules, seed=training.seed)
     for module in mtp.layers:
         begin_like(module, model)
-        module.block.block_sparse_moe.track_load(training.experts > 1)
     mtp = mtp.to(model.device)
+    mtp.track_load(training.experts > 1)
     optimiser = torch.optim.AdamW(
         mtp.parameters(), lr=training.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
@@ -92,8 +92,7 @@ def train(
         found.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(mtp.parameters(), 1.0)
         optimiser.step()
-        for module in mtp.layers:
-            module.block.block_sparse_moe.balance(training.balance)
+        mtp.balance(training.balance)
         if step % 20 == 0 or step + 1 == training.steps:
             seconds = time.monotonic() - start
             told = {"kl": found.kl.tolist(), "overlap": found.overlap.tolist()}

@@ -124,6 +124,16 @@ class MTP(nn.Module):
             moe.e_score_correction_bias = moe.e_score_correction_bias.to(float_of(dtype))
         return self
 
+    def track_load(self, on: bool) -> None:
+        """Count tokens an expert in every module, for `balance`."""
+        for module in self.layers:
+            module.block.block_sparse_moe.track_load(on)
+
+    def balance(self, rate: float) -> None:
+        """One step of routing-bias balancing in every module (see `MoE.balance`)."""
+        for module in self.layers:
+            module.block.block_sparse_moe.balance(rate)
+
     def check_fits(self, model: Transformer) -> None:
         """Raise ModelError where the modules cannot share this model's embedding and head."""
         ours, theirs = self.config, model.config

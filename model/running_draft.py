@@ -29,7 +29,7 @@ from model.slots import JoinAttend, SlotCache
 from model.speculative import Guesses, Numbers, Rule, Tail, match, may_speculate
 from model.transformer import Transformer
 
-MOST_ROWS = 16
+MOST_ROWS = 12
 """With more rows, even guesses that all stand save nothing."""
 REST = 64
 """Plain steps after guesses did not pay, before they are tried again."""
@@ -39,7 +39,7 @@ _MEMORY, _TRIAL = 0.9, 12  # of the mean of tokens a round; rounds before it is 
 def break_even(guesses: int, rows: int) -> float:
     """Tokens a round that guessing must give to cost what plain steps do, in native code: checking
     and making a guess costs a share of a step that grows with the rows (docs/mtp.md)."""
-    return 1 + guesses * (0.3 + 0.04 * rows)
+    return 1 + guesses * (0.3 + 0.05 * rows)
 
 
 @dataclass(eq=False)

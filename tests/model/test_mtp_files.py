@@ -134,6 +134,14 @@ def test_training_lowers_the_kl_and_leaves_the_policy_alone():
         assert torch.equal(a, b)  # one seed, one draft
 
 
+def test_experts_of_a_draft_are_kept_in_use():
+    model = make_uneven(Transformer(CONFIG, seed=1), 2, 0.3)
+    training = DraftTraining(steps=3, tokens=400, experts=4, experts_per_token=1, balance=0.01)
+    bias_E = train(model, some_rows(16), training).layers[0].block.block_sparse_moe
+    moved = bias_E.e_score_correction_bias
+    assert moved.abs().max() == pytest.approx(0.03) and moved.min() < 0 < moved.max()
+
+
 def test_batches_hold_every_row_once():
     rows = some_rows(23)
     stream = batches(rows, 60, seed=0)
