@@ -25,8 +25,8 @@ from model.native.build import NativeUnavailableError
 from model.native.draft import NativeDrafter
 from model.native.step import NativeModel
 from model.sampling import Sampler
-from model.slots import JoinAttend, SlotCache
-from model.speculative import Guesses, Numbers, Rule, Tail, match, may_speculate
+from model.slots import SlotCache
+from model.speculative import Guesses, Numbers, Rule, Tail, may_speculate
 from model.transformer import Transformer
 
 MOST_ROWS = 12
@@ -45,9 +45,9 @@ def break_even(guesses: int, rows: int) -> float:
 @dataclass(eq=False)
 class _Known:
     """Hidden states (W, H) of a row's columns from `start` on that no guess has used yet; guesses
-    know nothing before `first`."""
+    know nothing before `first`. `numbers` as in `Numbers`, by name."""
 
-    numbers: Numbers
+    numbers: dict[str, list[float]]
     hidden_WH: Tensor
     start: int
     first: int
@@ -207,7 +207,7 @@ class Speculation:
         self._known: WeakKeyDictionary[Row, _Known] = WeakKeyDictionary()
         self._pending: _Pending | None = None
         self._gain, self._trials, self._resting = 0.0, 0, 0
-        self._sampler: tuple[list[Row], Sampler] | None = None
+        self._settings: tuple[tuple[object, ...], Sampler, Sampler] | None = None
 
     def update(self) -> None:
         """Follow new weights; guesses made with the old ones are dropped."""
@@ -215,7 +215,8 @@ class Speculation:
         self.drop()
 
     def begin(self, row: Row, hidden_TH: Tensor, start: int) -> None:
-        numbers = Numbers.of(row.request, self.rule, self.guesses)
+        made = Numbers.of(row.request, self.rule, self.guesses)
+        numbers = {name: x.tolist() for name, x in vars(made).items()}
         self._known[row] = _Known(numbers, hidden_TH, start, start)
 
     def copy(self, source: Row, row: Row) -> None:
@@ -253,71 +254,91 @@ class Speculation:
 
     def feed(self, rows: Sequence[Row], lengths: Sequence[int], cache: SlotCache) -> Tensor:
         k = min(self.guesses, self.native.config.max_position_embeddings - max(lengths) - 1)
-        ids = [[*row.request.prompt_ids, *row.ids] for row in rows]
         known = [self._known[row] for row in rows]
-        if k:
-            tails = [
-                Tail(own, x.hidden_WH, x.start, x.first) for own, x in zip(ids, known, strict=True)
-            ]
-            uniform_Bk = self._numbers("draft", rows, k)
-            guesses = self._drafter.propose(tails, self._sampler_of(rows), uniform_Bk)
-        else:
-            vocab = self.native.config.vocab_size
-            guesses = Guesses(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0, vocab))
-        newest_B1 = torch.tensor([[own[-1]] for own in ids])
-        attend = JoinAttend(cache, 0, lengths, [k + 1] * len(rows))
-        ids_M = torch.cat([newest_B1, guesses.id_Bk], dim=1).flatten()
-        x_MH, policy_MV = self.native.hidden_and_logits(ids_M, attend.column_M, attend)
-        for x, column in zip(known, lengths, strict=True):
-            x.start = column  # the hidden states before were used up, or are given up
-            x.first = x.first if k else column
-        self._pending = _Pending(guesses, policy_MV, x_MH.view(len(rows), k + 1, -1))
-        for x, hidden_jH in zip(known, self._pending.hidden_BjH, strict=True):
-            x.hidden_WH = hidden_jH[:1]
+        tails = [_tail(row, x) for row, x in zip(rows, known, strict=True)]
+        uniform_kB = self._numbers("draft", rows, k).t().contiguous()
+        guesses, hidden_BjH, policy_MV = self._drafter.feed(
+            tails, self._samplers(rows, k)[0], uniform_kB, cache, torch.tensor(lengths)
+        )
+        self._pending = _Pending(guesses, policy_MV, hidden_BjH)
+        for x, column, hidden_jH in zip(known, lengths, hidden_BjH, strict=True):
+            x.hidden_WH, x.start = hidden_jH[:1], column
+            x.first = x.first if k else column  # what was not used is given up
         return policy_MV.view(len(rows), k + 1, -1)[:, 0]
 
     def draw(self, rows: Sequence[Row]) -> Drawn:
         pending = self._pending
         assert pending is not None
         self._pending = None
-        guesses, k = pending.guesses, pending.guesses.id_Bk.shape[1]
-        sampler, final_Bj = self._sampler_of(rows), self._numbers("final", rows, k + 1)
+        guessed, k = pending.guesses.id_Bk.tolist(), pending.guesses.id_Bk.shape[1]
+        sampler, wide = self._samplers(rows, k)
+        final_Bj = self._numbers("final", rows, k + 1)
         if self.rule == "match":
-            made = match(self.native, sampler, pending.policy_MV, guesses.id_Bk, final_Bj)
+            drawn, logps = self._draw_all(wide, pending.policy_MV, final_Bj)
+            counts = [_agreement(a, b) for a, b in zip(drawn, guessed, strict=True)]
         else:
             accept_Bk = self._numbers("accept", rows, k)
-            made = self._drafter.judge(sampler, pending.policy_MV, guesses, accept_Bk, final_Bj)
-        counts = made.count_B.tolist()
-        ids = [
-            [*guessed[:count], last]
-            for guessed, count, last in zip(
-                guesses.id_Bk.tolist(), counts, made.next_B.tolist(), strict=True
+            made = self._drafter.judge(
+                sampler, pending.policy_MV, pending.guesses, accept_Bk, final_Bj
             )
-        ]
-        logprobs = [
-            own[: count + 1] for own, count in zip(made.logp_Bj.tolist(), counts, strict=True)
-        ]
+            counts, logps = made.count_B.tolist(), made.logp_Bj.tolist()
+            drawn = [
+                [*own[:count], last]
+                for own, count, last in zip(guessed, counts, made.next_B.tolist(), strict=True)
+            ]
         for row, hidden_jH, count in zip(rows, pending.hidden_BjH, counts, strict=True):
             self._known[row].hidden_WH = hidden_jH[: count + 1]
-        mean = 1 + sum(counts) / len(rows)
+        self._learn(counts, k)
+        ids = [own[: count + 1] for own, count in zip(drawn, counts, strict=True)]
+        logprobs = [own[: count + 1] for own, count in zip(logps, counts, strict=True)]
+        return Drawn(ids, logprobs, torch.tensor([own[-1] for own in ids]))
+
+    def _draw_all(
+        self, wide: Sampler, policy_MV: Tensor, final_Bj: Tensor
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """What plain decoding would draw in every place, and its log-probs."""
+        if wide.any_filter:
+            id_M, logp_M, _ = wide.draw(policy_MV, final_Bj.flatten(), None)
+        else:
+            id_M, logp_M = self.native.draw(wide, policy_MV, final_Bj)
+        return id_M.view(final_Bj.shape).tolist(), logp_M.view(final_Bj.shape).tolist()
+
+    def _learn(self, counts: Sequence[int], k: int) -> None:
+        """Take note of how a round went."""
         kept = min(_MEMORY, self._trials / (self._trials + 1))  # a plain mean at first
-        self._gain = kept * self._gain + (1 - kept) * mean
+        self._gain = kept * self._gain + (1 - kept) * (1 + sum(counts) / len(counts))
         self._trials += 1
-        self.counts.rounds += len(rows)
-        self.counts.drafted += k * len(rows)
+        self.counts.rounds += len(counts)
+        self.counts.drafted += k * len(counts)
         self.counts.accepted += sum(counts)
-        return Drawn(ids, logprobs, made.next_B)
 
     def _numbers(self, kind: str, rows: Sequence[Row], count: int) -> Tensor:
         """The next numbers of each row (B, count)."""
-        parts = []
-        for row in rows:
-            numbers: Tensor = getattr(self._known[row].numbers, kind)
-            parts.append(numbers[len(row.ids) : len(row.ids) + count])
-        return torch.stack(parts)
+        parts = [
+            self._known[row].numbers[kind][len(row.ids) : len(row.ids) + count] for row in rows
+        ]
+        return torch.tensor(parts, dtype=torch.float64).view(len(rows), count)
 
-    def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
-        if self._sampler is None or self._sampler[0] != list(rows):
+    def _samplers(self, rows: Sequence[Row], k: int) -> tuple[Sampler, Sampler]:
+        """Settings of the rows, and of each row's k + 1 positions."""
+        key = (k, *rows)
+        if self._settings is None or self._settings[0] != key:
             sampler = sampler_of(rows, self.native.config.vocab_size, torch.device("cpu"))
-            self._sampler = (list(rows), sampler)
-        return self._sampler[1]
+            wide = sampler.take(torch.arange(len(rows)).repeat_interleave(k + 1))
+            self._settings = (key, sampler, wide)
+        return self._settings[1:]
+
+
+def _tail(row: Row, known: _Known) -> Tail:
+    """With as many ids as there are hidden states."""
+    count, prompt = len(known.hidden_WH), row.request.prompt_ids
+    ids = row.ids[-count:] if count <= len(row.ids) else [*prompt, *row.ids][-count:]
+    return Tail(ids, known.hidden_WH, known.start, known.first, known.start + 1)
+
+
+def _agreement(drawn: Sequence[int], guessed: Sequence[int]) -> int:
+    """How many guesses are what was drawn, from the first on."""
+    count = 0
+    while count < len(guessed) and guessed[count] == drawn[count]:
+        count += 1
+    return count

@@ -141,13 +141,14 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Tail:
     """What a row's drafts go on from: the model's hidden states (W, H) of its last columns, from
-    `start` on, and the row's ids, of which the last has no hidden state yet. Drafts know nothing of
-    columns before `first`."""
+    `start` on, and the row's ids but the first `skipped`, of which the last has no hidden state
+    yet. Drafts know nothing of columns before `first`."""
 
     ids: Sequence[int]
     hidden_WH: Tensor
     start: int
     first: int = 0
+    skipped: int = 0
 
     @property
     def end(self) -> int:
@@ -229,7 +230,7 @@ class TorchDrafter:
                 joined = [
                     id
                     for tail, row in zip(tails, known, strict=True)
-                    for id in row[tail.start + d : tail.end + d]
+                    for id in row[tail.start + d - tail.skipped : tail.end + d - tail.skipped]
                 ]
                 next_M = torch.tensor(joined, device=device)
             h_MH = module(self.shared, h_MH, next_M, position_M, attend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from model.native.structs import CacheAt, Layer, Tokens, declare, sized
 from model.sampling import Sampler
 from model.slots import SlotCache
 from model.speculative import Accepted, Guesses, Tail, cache_config
+
+_OUTSIDE = "a guess lies outside of the vocabulary, the cache or the context"
 
 
 class NativeDrafter:
@@ -71,41 +73,91 @@ class NativeDrafter:
 
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses:
         batch, k = uniform_Bk.shape
+        work, uniform_kB = self._work(tails, k), uniform_Bk.t().contiguous()
+        if self._library.native_propose(
+            *self._over(work.window, work.hidden_XH[2 * batch :]),
+            batch,
+            k,
+            *self._guessing(work, sampler, uniform_kB),
+            self._room(max(len(work.window.ids_M), batch)),
+        ):
+            raise ModelError(_OUTSIDE)
+        return work.guesses(self._vocab)
+
+    def feed(
+        self,
+        tails: Sequence[Tail],
+        sampler: Sampler,
+        uniform_kB: Tensor,
+        cache: SlotCache,
+        column_B: Tensor,
+    ) -> tuple[Guesses, Tensor, Tensor]:
+        """`propose`, and the model's pass over each row's newest id and its guesses from column
+        `column_B` of its own cache on, in one call: guesses, hidden states (B, j, H) and logits
+        (B·j, V)."""
+        k, batch = uniform_kB.shape
+        work = self._work(tails, k)
+        hidden_BjH = torch.empty(batch, k + 1, self._hidden)
+        policy_MV = torch.empty(batch * (k + 1), self._native.padded_vocab)
+        out = self._native.tokens_in(cache, hidden_BjH, policy_MV)
+        tokens = max(len(work.window.ids_M), batch * (k + 1))
+        need = self._library.native_scratch(
+            byref(self._native.structure), batch * (k + 1), cache.columns
+        )
+        if self._library.native_feed(
+            *self._over(work.window, work.hidden_XH[2 * batch :]),
+            byref(self._native.structure),
+            byref(out),
+            cache.rows,
+            cache.columns,
+            batch,
+            k,
+            work.window.last_B.data_ptr(),
+            column_B.data_ptr(),
+            *self._guessing(work, sampler, uniform_kB)[1:],
+            self._room(tokens, need),
+        ):
+            raise ModelError(_OUTSIDE)
+        return work.guesses(self._vocab), hidden_BjH, policy_MV[:, : self._vocab]
+
+    def _work(self, tails: Sequence[Tail], k: int) -> _Work:
+        """What a call reads and writes; a long first tail is read here but for its end."""
+        batch = len(tails)
         most = max(tail.end - tail.first for tail in tails) + k
         rows, filled = self._cache.rows, self._filled
         self._filled = max(filled, most)
         self._cache.fit(max(batch, rows), self._filled, rows, filled)
         if sum(len(tail.hidden_WH) for tail in tails) > CHUNK:
             tails = [self._read(row, tail) for row, tail in enumerate(tails)]
-        ids_M, place_4M, given_MH, last_B = _places(tails)
-        id_kB = torch.empty(k, batch, dtype=torch.long)
-        logits_kBV = torch.empty(k, batch, self._padded)
-        work_H = torch.empty(2 * batch + len(ids_M), self._hidden)
-        space = torch.empty(4, batch, dtype=torch.long)
-        uniform_kB = uniform_Bk.t().contiguous()
-        logp_B = torch.empty(batch)
-        tokens = self._tokens(ids_M, place_4M, given_MH, work_H[2 * batch :])
-        fault = self._library.native_propose(
-            byref(self._model),
-            byref(tokens),
-            self._cache.rows,
-            self._cache.columns,
-            batch,
-            k,
-            last_B.data_ptr(),
+        window = _window(tails)
+        return _Work(
+            window,
+            torch.empty(k, batch, dtype=torch.long),
+            torch.empty(k, batch, self._padded),
+            torch.empty(2 * batch + len(window.ids_M), self._hidden),
+            torch.empty(4 * batch + 4 * batch * (k + 1), dtype=torch.long),
+            torch.empty(batch),
+        )
+
+    def _over(self, window: _Window, out_MH: Tensor) -> tuple[object, ...]:
+        """The module, a window's columns and the cache; hidden states go to `out_MH`."""
+        tokens = self._tokens(window, out_MH)
+        return byref(self._model), byref(tokens), self._cache.rows, self._cache.columns
+
+    @staticmethod
+    def _guessing(work: _Work, sampler: Sampler, uniform_kB: Tensor) -> tuple[int, ...]:
+        """Addresses, good as long as the arguments are."""
+        return (
+            work.window.last_B.data_ptr(),
             sampler.temperature_B1.data_ptr(),
             sampler.greedy_B.data_ptr(),
             uniform_kB.data_ptr(),
-            id_kB.data_ptr(),
-            logits_kBV.data_ptr(),
-            work_H.data_ptr(),
-            space.data_ptr(),
-            logp_B.data_ptr(),
-            self._room(max(len(ids_M), batch)),
+            work.id_kB.data_ptr(),
+            work.logits_kBV.data_ptr(),
+            work.hidden_XH.data_ptr(),
+            work.places.data_ptr(),
+            work.logp_B.data_ptr(),
         )
-        if fault:
-            raise ModelError("a guess lies outside of the vocabulary, the cache or the context")
-        return Guesses(id_kB.t(), logits_kBV[:, :, : self._vocab].transpose(0, 1))
 
     def judge(
         self,
@@ -155,66 +207,87 @@ class NativeDrafter:
         """Fill a row's columns but the newest, a few at a time; the tail that is left."""
         old = len(tail.hidden_WH) - 1
         for start in range(0, old, CHUNK):
-            count = min(CHUNK, old - start)
-            part = replace(
-                tail, hidden_WH=tail.hidden_WH[start : start + count], start=tail.start + start
-            )
-            ids_M, place_4M, given_MH, _ = _places([part])
-            place_4M[0] = row
-            out_MH = torch.empty(count, self._hidden)
-            tokens = self._tokens(ids_M, place_4M, given_MH, out_MH)
-            if self._library.native_run(
-                byref(self._model),
-                byref(tokens),
-                self._cache.rows,
-                self._cache.columns,
-                self._room(count),
-            ):
-                raise ModelError("a column lies outside of the cache or the context")
+            part = tail.hidden_WH[start : min(start + CHUNK, old)]
+            window = _window([replace(tail, hidden_WH=part, start=tail.start + start)])
+            window.row_M.fill_(row)
+            out_MH = torch.empty_like(part)
+            if self._library.native_run(*self._over(window, out_MH), self._room(len(part))):
+                raise ModelError(_OUTSIDE)
         return replace(tail, hidden_WH=tail.hidden_WH[old:], start=tail.start + old)
 
-    def _tokens(self, ids_M: Tensor, place_4M: Tensor, given_MH: Tensor, out_MH: Tensor) -> Tokens:
+    def _tokens(self, window: _Window, out_MH: Tensor) -> Tokens:
         data = self._cache.data
         _, _, _, heads, columns, size = data.shape
-        row_M, column_M, first_M, position_M = place_4M.unbind(0)
         return Tokens(
-            len(ids_M),
+            len(window.ids_M),
             heads * columns * size,
             columns * size,
-            ids_M.data_ptr(),
-            row_M.data_ptr(),
-            column_M.data_ptr(),
-            first_M.data_ptr(),
-            position_M.data_ptr(),
+            window.ids_M.data_ptr(),
+            window.row_M.data_ptr(),
+            window.column_M.data_ptr(),
+            window.first_M.data_ptr(),
+            window.position_M.data_ptr(),
             *self._cache_at(data),
             out_MH.data_ptr(),
             None,
-            given_MH.data_ptr(),
+            window.given_MH.data_ptr(),
         )
 
-    def _room(self, tokens: int) -> int:
+    def _room(self, tokens: int, more: int = 0) -> int:
         """Memory for a call with so many tokens, and for drawing and judging."""
         least = 24 * (self._vocab + 128) + 16 * tokens
         size = self._library.native_scratch(byref(self._model), tokens, self._cache.columns)
-        if len(self._scratch) < max(size, least):
-            self._scratch = torch.empty(max(size, least), dtype=torch.uint8)
+        size = max(size, least, more)
+        if len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch.data_ptr()
 
 
-def _places(tails: Sequence[Tail]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids (M), rows, columns, first columns and positions (4, M), hidden states (M, H) of the
-    tails' columns, and which of them are the newest (B)."""
+@dataclass(frozen=True)
+class _Window:
+    """Columns whose hidden states `given_MH` are known: ids after them, rows, columns of the cache,
+    first columns, positions, and which of them are the rows' newest (B)."""
+
+    ids_M: Tensor
+    row_M: Tensor
+    column_M: Tensor
+    first_M: Tensor
+    position_M: Tensor
+    last_B: Tensor
+    given_MH: Tensor
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a call reads and writes. `hidden_XH` and `places` are work space."""
+
+    window: _Window
+    id_kB: Tensor
+    logits_kBV: Tensor
+    hidden_XH: Tensor
+    places: Tensor
+    logp_B: Tensor
+
+    def guesses(self, vocab: int) -> Guesses:
+        return Guesses(self.id_kB.t(), self.logits_kBV[:, :, :vocab].transpose(0, 1))
+
+
+def _window(tails: Sequence[Tail]) -> _Window:
     ids: list[int] = []
     rows: list[int] = []
     positions: list[int] = []
     columns: list[int] = []
     last = []
     for row, tail in enumerate(tails):
-        ids += tail.ids[tail.start + 1 : tail.end + 1]
-        rows += [row] * len(tail.hidden_WH)
-        positions += range(tail.start, tail.end)
-        columns += range(tail.start - tail.first, tail.end - tail.first)
+        end, count = tail.end, len(tail.hidden_WH)
+        begin = tail.start + 1 - tail.skipped
+        ids += tail.ids[begin : begin + count]
+        rows += [row] * count
+        positions += range(tail.start, end)
+        columns += range(tail.start - tail.first, end - tail.first)
         last.append(len(ids) - 1)
-    place_4M = torch.tensor([rows, columns, [0] * len(ids), positions])
     given_MH = torch.cat([tail.hidden_WH for tail in tails])
-    return torch.tensor(ids), place_4M, given_MH, torch.tensor(last)
+    many, zeros = len(ids), [0] * len(ids)
+    flat = torch.tensor([*ids, *rows, *columns, *zeros, *positions, *last])
+    ids_M, row_M, column_M, first_M, position_M = flat[: 5 * many].view(5, many).unbind(0)
+    return _Window(ids_M, row_M, column_M, first_M, position_M, flat[5 * many :], given_MH)

@@ -47,3 +47,29 @@ int64_t native_propose(const struct model *m, const struct tokens *t, int64_t ro
     }
     return 0;
 }
+
+/* native_propose, and the model's own pass over each row's newest id and its guesses: position i of
+ * row b comes to column[b] + i of the model's cache. `out` is its pass with everything but the
+ * tokens themselves, of `rows` rows and `columns` columns; `places` has room for
+ * (4, batch, k + 1) more numbers, and `memory` for the larger of both calls. */
+int64_t native_feed(const struct model *m, const struct tokens *t, int64_t draft_rows,
+                    int64_t draft_columns, const struct model *main, const struct tokens *out,
+                    int64_t rows, int64_t columns, int64_t batch, int64_t k, const int64_t *last,
+                    const int64_t *column, const float *temperature, const char *greedy,
+                    const double *uniform, int64_t *id, float *logits, float *hidden,
+                    int64_t *places, float *logp, char *memory) {
+    const int64_t count = batch * (k + 1);
+    int64_t *ids = places + 4 * batch, *row = ids + count, *at = row + count, *first = at + count;
+    if (k && native_propose(m, t, draft_rows, draft_columns, batch, k, last, temperature, greedy,
+                            uniform, id, logits, hidden, places, logp, memory))
+        return 1;
+    for (int64_t b = 0, n = 0; b < batch; b++)
+        for (int64_t i = 0; i <= k; i++, n++) {
+            ids[n] = i ? id[(i - 1) * batch + b] : t->ids[last[b]];
+            row[n] = b, at[n] = column[b] + i, first[n] = 0;
+        }
+    struct tokens own = *out;
+    own.count = count, own.ids = ids, own.row = row, own.column = own.position = at;
+    own.first = first;
+    return native_run(main, &own, rows, columns, memory);
+}

@@ -110,6 +110,22 @@ class NativeModel:
         self._run(ids_M, position_M, attend, slice(None), hidden_MH, logits_MV)
         return hidden_MH, logits_MV[:, : self.config.vocab_size]
 
+    def tokens_in(self, cache: Cache, hidden_MH: Tensor, logits_MV: Tensor) -> Tokens:
+        """A call's structure without the tokens, for native code that finds them itself. The logits
+        have `padded_vocab` columns."""
+        data = cache.data
+        _, _, _, heads, columns, size = data.shape
+        keys, values = self._cache_at(data)
+        tokens = Tokens(row_stride=heads * columns * size, head_stride=columns * size)
+        tokens.keys, tokens.values = keys, values
+        tokens.hidden, tokens.logits = hidden_MH.data_ptr(), logits_MV.data_ptr()
+        return tokens
+
+    @property
+    def padded_vocab(self) -> int:
+        """Columns of logits in memory."""
+        return self._padded
+
     def head(self, x_MH: Tensor) -> Tensor:
         """Logits (M, V) of hidden states."""
         x_MH = x_MH.contiguous()

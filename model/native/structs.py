@@ -100,6 +100,11 @@ def declare(library: ctypes.CDLL) -> int:
         ("native_draw", None, [*[c_int64] * 3, *[pointer] * 7]),
         ("native_judge", None, [*[c_int64] * 5, *[pointer] * 11]),
         ("native_propose", c_int64, [*[pointer] * 2, *[c_int64] * 4, *[pointer] * 10]),
+        (
+            "native_feed",
+            c_int64,
+            [*[pointer] * 2, *[c_int64] * 2, *[pointer] * 2, *[c_int64] * 4, *[pointer] * 11],
+        ),
     ):
         try:
             function = getattr(library, name)

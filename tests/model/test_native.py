@@ -19,6 +19,7 @@ from model.errors import ModelError
 from model.generate import Engine, Generation, GenRequest, Row
 from model.native import build
 from model.native.build import NativeUnavailableError, cache_folder, load_library
+from model.native.panels import Panels
 from model.native.step import NativeModel
 from model.running import RunningBatch
 from model.sampling import Sampler
@@ -173,7 +174,7 @@ def test_weights_in_16_bits_give_the_same_bits(
     model = model.cast(torch.float32)
     text, short = Text(model, [20] * 12, 3), NativeModel(model)
     found = text.read(short), text.step(short)
-    monkeypatch.setattr(NativeModel, "_is_short", lambda *_: False)
+    monkeypatch.setattr(Panels, "_is_short", lambda *_: False)
     wide = NativeModel(model)
     assert short.nbytes < 0.6 * wide.nbytes
     assert all(map(torch.equal, found, (text.read(wide), text.step(wide))))
@@ -372,7 +373,7 @@ def test_a_library_of_another_layout_is_not_used(
             return (lambda _: 8) if name == "native_sizes" else getattr(library, name)
 
     monkeypatch.setattr("model.native.step.load_library", Other)
-    falls_back(policy, "_Model has another size in C")
+    falls_back(policy, "Model has another size in C")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
