@@ -29,17 +29,17 @@ from model.slots import SlotCache
 from model.speculative import Guesses, Numbers, Rule, Tail, may_speculate
 from model.transformer import Transformer
 
-MOST_ROWS = 12
-"""With more rows, even guesses that all stand save nothing."""
-REST = 64
+MOST_ROWS = 8
+"""With more rows, even guesses that all stand save next to nothing."""
+REST = 96
 """Plain steps after guesses did not pay, before they are tried again."""
-_MEMORY, _TRIAL = 0.9, 12  # of the mean of tokens a round; rounds before it is believed
+_MEMORY, _TRIAL = 0.9, 8  # of the mean of tokens a round; rounds before it is believed
 
 
 def break_even(guesses: int, rows: int) -> float:
     """Tokens a round that guessing must give to cost what plain steps do, in native code: checking
     and making a guess costs a share of a step that grows with the rows (docs/mtp.md)."""
-    return 1 + guesses * (0.3 + 0.05 * rows)
+    return 1 + guesses * (0.62 + 0.035 * rows)
 
 
 @dataclass(eq=False)

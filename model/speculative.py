@@ -174,6 +174,18 @@ class Drafter(Protocol):
 
     def propose(self, tails: Sequence[Tail], sampler: Sampler, uniform_Bk: Tensor) -> Guesses: ...
 
+    def feed(
+        self,
+        tails: Sequence[Tail],
+        sampler: Sampler,
+        uniform_kB: Tensor,
+        cache: SlotCache,
+        column_B: Tensor,
+    ) -> tuple[Guesses, Tensor, Tensor]:
+        """`propose`, and the model's pass over each row's newest id and its guesses from column
+        `column_B` of its own cache on: guesses, hidden states (B, j, H) and logits (B·j, V)."""
+        ...
+
     def judge(
         self,
         sampler: Sampler,
@@ -196,7 +208,7 @@ class TorchDrafter:
 
     def __init__(self, model: Transformer, mtp: MTP) -> None:
         mtp.check_fits(model)
-        self.mtp, self.shared = mtp, Shared.of(model)
+        self.model, self.mtp, self.shared = model, mtp, Shared.of(model)
         self.window = mtp.count - 1
         self._cache = SlotCache(cache_config(mtp), model.device, model.dtype)
         self._filled = 0
@@ -241,6 +253,25 @@ class TorchDrafter:
             ids.append(id_B)
             logits.append(logits_BV)
         return Guesses(torch.stack(ids, 1), torch.stack(logits, 1))
+
+    def feed(
+        self,
+        tails: Sequence[Tail],
+        sampler: Sampler,
+        uniform_kB: Tensor,
+        cache: SlotCache,
+        column_B: Tensor,
+    ) -> tuple[Guesses, Tensor, Tensor]:
+        k, batch = uniform_kB.shape
+        if k:
+            guesses = self.propose(tails, sampler, uniform_kB.t())
+        else:
+            guesses = _no_guesses(batch, self.model)
+        newest_B1 = torch.tensor([[tail.ids[-1]] for tail in tails], device=uniform_kB.device)
+        attend = JoinAttend(cache, 0, column_B.tolist(), [k + 1] * batch)
+        ids_M = torch.cat([newest_B1, guesses.id_Bk], dim=1).flatten()
+        x_MH = self.model.run(ids_M, attend.column_M, attend)
+        return guesses, x_MH.view(batch, k + 1, -1), self.model.head(x_MH)
 
     def judge(
         self,
@@ -289,15 +320,11 @@ class _Live:
 
 
 class Checker(Protocol):
-    """How the model is run: `TorchChecker`, or native code with its weights."""
+    """What reads prompts and draws: `TorchChecker`, or native code with the model's weights."""
 
     def run(self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend) -> Tensor: ...
 
     def head(self, x_MH: Tensor) -> Tensor: ...
-
-    def hidden_and_logits(
-        self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend
-    ) -> tuple[Tensor, Tensor]: ...
 
     def draw(self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         """`Sampler.draw` where nothing limits the choice."""
@@ -315,12 +342,6 @@ class TorchChecker:
 
     def head(self, x_MH: Tensor) -> Tensor:
         return self.model.head(x_MH)
-
-    def hidden_and_logits(
-        self, ids_M: Tensor, position_M: Tensor, attend: JoinAttend
-    ) -> tuple[Tensor, Tensor]:
-        x_MH = self.model.run(ids_M, position_M, attend)
-        return x_MH, self.model.head(x_MH)
 
     def draw(self, sampler: Sampler, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         return sampler.draw(logits_BV, uniform_B, None)[:2]
@@ -340,7 +361,7 @@ def speculate(
     """Continue every prompt as one batch; rows accept different counts and go on from their own.
 
     Log-probs are those of `Engine.generate`: the policy's, unmasked, at the request's temperature.
-    `checker` runs the model in another way (native code). Raises ModelError for requests that
+    A native drafter comes with its `NativeModel` as `checker`. Raises ModelError for requests that
     guesses do not go with (`may_speculate`), and where the drafts do not fit.
     """
     if draft_tokens < 1:
@@ -384,6 +405,7 @@ class _Batch:
         self.k, self.device = draft_tokens, model.device
         self.context = model.config.max_position_embeddings
         self.cache = SlotCache(model.config, model.device, model.dtype)
+        self.sampler: Sampler | None = None
         self.live = [
             _Live(Row(request), Numbers.of(request, rule, draft_tokens), _nothing(request), i)
             for i, request in enumerate(requests)
@@ -435,16 +457,13 @@ class _Batch:
             ]
             return torch.stack(rows).to(self.device)
 
-        if k:
-            guesses = self.drafter.propose(tails, sampler, numbers("draft", k))
-        else:
-            guesses = _no_guesses(len(live), self.model)
-        id_Bk = guesses.id_Bk
-        newest_B1 = torch.tensor([[tail.ids[-1]] for tail in tails], device=self.device)
         self.cache.fit(len(live), max(ends) + k + 1, len(live), max(ends))
-        attend = JoinAttend(self.cache, 0, ends, [k + 1] * len(live))
-        ids_M = torch.cat([newest_B1, id_Bk], dim=1).flatten()
-        x_MH, policy_MV = self.checker.hidden_and_logits(ids_M, attend.column_M, attend)
+        uniform_kB = numbers("draft", k).t().contiguous()
+        column_B = torch.tensor(ends, device=self.device)
+        guesses, x_BjH, policy_MV = self.drafter.feed(
+            tails, sampler, uniform_kB, self.cache, column_B
+        )
+        id_Bk = guesses.id_Bk
         final_Bj = numbers("final", k + 1)
         if self.rule == "match":
             made = match(self.checker, sampler, policy_MV, id_Bk, final_Bj)
@@ -457,7 +476,7 @@ class _Batch:
             made.count_B.tolist(),
             made.next_B.tolist(),
             made.logp_Bj.tolist(),
-            x_MH.view(len(live), k + 1, -1),
+            x_BjH,
             strict=True,
         ):
             new = [*guessed[:count], last]
@@ -480,8 +499,10 @@ class _Batch:
             self.live.pop()
 
     def _sampler(self) -> Sampler:
-        rows = [one.row for one in self.live]
-        return sampler_of(rows, self.model.config.vocab_size, self.device)
+        if self.sampler is None or len(self.sampler.greedy_B) != len(self.live):
+            rows = [one.row for one in self.live]
+            self.sampler = sampler_of(rows, self.model.config.vocab_size, self.device)
+        return self.sampler
 
 
 def _no_guesses(batch: int, model: Transformer) -> Guesses:

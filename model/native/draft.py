@@ -92,9 +92,7 @@ class NativeDrafter:
         cache: SlotCache,
         column_B: Tensor,
     ) -> tuple[Guesses, Tensor, Tensor]:
-        """`propose`, and the model's pass over each row's newest id and its guesses from column
-        `column_B` of its own cache on, in one call: guesses, hidden states (B, j, H) and logits
-        (B·j, V)."""
+        """One call."""
         k, batch = uniform_kB.shape
         work = self._work(tails, k)
         hidden_BjH = torch.empty(batch, k + 1, self._hidden)
