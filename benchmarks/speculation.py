@@ -7,10 +7,10 @@ requests at once, plain decoding (a running batch, as the server has it) and spe
 and 3 guesses a round are run in turns; what is compared is processor time a token, which hardly
 depends on what else the machine does.
 
-`accepted_kN` is the share of N guesses a round that stood and `tokens_a_round_kN` the tokens that a
-round gave, over both kinds with rule "reject"; `speed_up_R_kN` the median of the paired ratios at R
-requests, and `speed_up_R` the best N's. `rows` has all of it by kind and rule: "match" gives the
-samples of plain decoding, and `same` says that it did.
+By kind, with rule "reject": `accepted_KIND_kN` is the share of N guesses a round that stood,
+`tokens_a_round_KIND_kN` the tokens that a round gave, `speed_up_KIND_R_kN` the median of the paired
+ratios at R requests, and `speed_up_KIND_R` the best N's. `rows` has all of it for both rules:
+"match" gives the samples of plain decoding, and `same` says that it did.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from model.transformer import Transformer
 from scripts.nano.draft_prompts import policy_prompts
 
 NANO = ROOT / "model" / "checkpoints" / "nano"
+KINDS = ("policy", "text")
 NEW = 128
 SEED = 77_000  # of prompts; the head's own come from others
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert eos is not None
     batch = RunningBatch(Engine(model), max_batch=max(options.requests), prefix_tokens=0)
     rows: list[dict[str, Any]] = []
-    for kind in ("policy", "text"):
+    for kind in KINDS:
         for count in options.requests:
             asked = requests_of(kind, count, tokenizer, eos)
             rows += _compare(kind, asked, model, batch, drafter, native, options)
@@ -164,21 +165,23 @@ def _compare(
 
 def _figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
-    for k in options.guesses:
-        own = [row for row in rows if row["rule"] == "reject" and row["guesses"] == k]
-        total = {name: sum(row[name] for row in own) for name in ("rounds", "drafted", "accepted")}
-        figures[f"accepted_k{k}"] = total["accepted"] / total["drafted"]
-        figures[f"tokens_a_round_k{k}"] = 1 + total["accepted"] / total["rounds"]
-    for count in options.requests:
+    for kind in KINDS:
+        found = {
+            (row["requests"], row["guesses"]): row
+            for row in rows
+            if row["kind"] == kind and row["rule"] == "reject"
+        }
         for k in options.guesses:
-            figures[f"speed_up_{count}_k{k}"] = statistics.mean(
-                row["speed_up"]
-                for row in rows
-                if (row["rule"], row["guesses"], row["requests"]) == ("reject", k, count)
+            own = [found[count, k] for count in options.requests]
+            rounds, drafted, accepted = (
+                sum(row[name] for row in own) for name in ("rounds", "drafted", "accepted")
             )
-        figures[f"speed_up_{count}"] = max(
-            figures[f"speed_up_{count}_k{k}"] for k in options.guesses
-        )
+            figures[f"accepted_{kind}_k{k}"] = accepted / drafted
+            figures[f"tokens_a_round_{kind}_k{k}"] = 1 + accepted / rounds
+        for count in options.requests:
+            each = {k: found[count, k]["speed_up"] for k in options.guesses}
+            figures |= {f"speed_up_{kind}_{count}_k{k}": value for k, value in each.items()}
+            figures[f"speed_up_{kind}_{count}"] = max(each.values())
     return figures
 
 
