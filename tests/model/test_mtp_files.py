@@ -1,18 +1,23 @@
 """MTP modules on disk: DeepSeek-V3's names, and files that are not what they say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import CONFIG, VOCAB, make_uneven
 
-from model.draft import DraftTraining, main, train
-from model.draft_data import TokenRow, batches, pad, read_rows, write_rows
+from model.chat_format import render_ids
+from model.checkpoint import load_model
+from model.draft import DraftTraining, main, measure, train
+from model.draft_data import TokenRow, batches, pad, read_rows, sample_replies, write_rows
 from model.draft_loss import draft_loss
 from model.errors import CheckpointError, ModelError
+from model.generate import Engine
 from model.mtp import MTP, draft_config
 from model.mtp_files import load_mtp, mtp_tensors, save_mtp
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 FEW = draft_config(CONFIG, experts=2, top_k=1, width=12)
@@ -192,3 +197,19 @@ def test_the_bundled_models_draft_is_made_by_three_commands(tmp_path, capsys):
     assert "mtp.json: no such file" in capsys.readouterr().err
     assert main(["train", *nano, *held, "--modules", "3", "--depths", "2"]) == 2
     assert "as many depths as modules" in capsys.readouterr().err
+
+
+def test_the_bundled_head_is_small_and_good():
+    nano = Path("model/checkpoints/nano")
+    assert (nano / "mtp.safetensors").stat().st_size <= 1_000_000
+    model, mtp = load_model(nano), load_mtp(nano)
+    mtp.check_fits(model)
+    # What the policy says to an opening that neither was trained on.
+    tokenizer = Tokenizer.load(nano)
+    message = {
+        "role": "user",
+        "content": "predict price : regression , rmse , 900 rows , 4 numeric",
+    }
+    prompt = TokenRow(tuple(render_ids([message], None, tokenizer)), max_new=80)
+    rows = list(sample_replies(Engine(model), [prompt], 8, temperature=1.0, seed=5))
+    assert measure(model, mtp, rows, depths=2)["overlap"][0] > 0.7
