@@ -1,8 +1,9 @@
 """One layer's experts on a GPU: torch's grouped products and, between them, Triton kernels.
 
 Forward: sort the pairs by expert, gather, product, SwiGLU × weight, product, combine. Backward: the
-same with four products; rows of tokens and of SwiGLU are made again instead of kept. The host never
-waits for the device, so a CUDA graph can hold it, and results repeat bit by bit.
+same with four products; rows of SwiGLU, and of tokens where these are large, are made again instead
+of kept. The host never waits for the device, so a CUDA graph can hold it, and results repeat bit by
+bit.
 
 Shapes: M tokens, k experts a token, P = M·k pairs, R = P rows sorted by expert, E experts, N blocks
 of pairs, H hidden size, I expert width, O = 2·I.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 SORT_BLOCK = 128  # pairs that one program ranks against each other
 _TILE = 8192  # elements that one program of a memory-bound kernel holds
+KEPT_BYTES = 1 << 30  # rows of tokens up to this size are kept for the backward pass
 
 
 @lru_cache(maxsize=1)
@@ -66,17 +68,17 @@ class _Fused(torch.autograd.Function):
         rows = sort_pairs(experts_Mk, len(w13_EOH))
         x_RH = gather(x_MH, rows)
         up_RO = F.grouped_mm(x_RH, w13_EOH.transpose(1, 2), offs=rows.ends_E)
-        del x_RH
+        kept_RH = x_RH if x_RH.nbytes <= KEPT_BYTES else None
         h_RI = swiglu(up_RO, weights_Mk, rows)
         y_RH = F.grouped_mm(h_RI, w2_EIH, offs=rows.ends_E)
         ctx.save_for_backward(
-            x_MH, weights_Mk, rows.pair_R, rows.slot_P, rows.ends_E, up_RO, w13_EOH, w2_EIH
+            x_MH, weights_Mk, rows.pair_R, rows.slot_P, rows.ends_E, kept_RH, up_RO, w13_EOH, w2_EIH
         )
         return combine(y_RH, rows)
 
     @staticmethod
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        x_MH, weights_Mk, pair_R, slot_P, ends_E, up_RO, w13_EOH, w2_EIH = ctx.saved_tensors
+        x_MH, weights_Mk, pair_R, slot_P, ends_E, x_RH, up_RO, w13_EOH, w2_EIH = ctx.saved_tensors
         rows = Rows(pair_R, slot_P, ends_E, weights_Mk.shape[1])
         needs_x, _, _, needs_w13, needs_w2 = ctx.needs_input_grad
         grad_x_MH = grad_w13_EOH = grad_w2_EIH = None
@@ -87,7 +89,8 @@ class _Fused(torch.autograd.Function):
             grad_w2_EIH = F.grouped_mm(h_RI.t(), grad_RH, offs=ends_E)
         del grad_RH, grad_RI, h_RI
         if needs_w13:
-            grad_w13_EOH = F.grouped_mm(grad_up_RO.t(), gather(x_MH, rows), offs=ends_E)
+            x_RH = gather(x_MH, rows) if x_RH is None else x_RH
+            grad_w13_EOH = F.grouped_mm(grad_up_RO.t(), x_RH, offs=ends_E)
         if needs_x:
             grad_x_MH = combine(F.grouped_mm(grad_up_RO, w13_EOH, offs=ends_E), rows)
         return grad_x_MH, grad_weights_Mk, None, grad_w13_EOH, grad_w2_EIH
@@ -187,49 +190,6 @@ def swiglu_backward(
         num_warps=8,
     )
     return grad_up_RO, grad_weights_Mk, h_RI
-
-
-def gathered_product(
-    x_MH: Tensor,
-    weights_Mk: Tensor,
-    rows: Rows,
-    w13_EOH: Tensor,
-    *,
-    tile: tuple[int, int, int] = (128, 64, 64),
-    warps: int = 8,
-    stages: int = 3,
-) -> tuple[Tensor, Tensor]:
-    """up (R, O) and h (R, I) in one kernel: gather, grouped product, SwiGLU × weight.
-
-    Only measured (`benchmarks.moe`): it stands against gather, `F.grouped_mm` and `swiglu`.
-    """
-    from model.moe_kernels import gathered_product_kernel
-
-    count, (experts, double, hidden) = len(rows.pair_R), w13_EOH.shape
-    width = double // 2
-    up_RO, h_RI = x_MH.new_empty(count, double), x_MH.new_empty(count, width)
-    tall, wide, deep = tile
-    grid = (-(-width // wide), -(-count // tall) + experts)
-    gathered_product_kernel[grid](
-        x_MH,
-        rows.pair_R,
-        rows.ends_E,
-        w13_EOH,
-        weights_Mk,
-        up_RO,
-        h_RI,
-        experts,
-        hidden,
-        width,
-        TOP_K=rows.top_k,
-        EXPERTS=_power_of_two(experts),
-        ROWS=tall,
-        COLS=wide,
-        DEPTH=deep,
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return up_RO, h_RI
 
 
 def _power_of_two(size: int) -> int:
