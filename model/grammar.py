@@ -104,7 +104,7 @@ class GrammarFactory:
         if tool_choice in (None, "none", "auto"):
             return None
         text = reply_grammar(
-            self._chosen(tools, str(tool_choice)),
+            chosen_tools(tools, str(tool_choice)),
             self._tokenizer,
             max_calls=MAX_CALLS if parallel else 1,
             max_reasoning=max_reasoning,
@@ -113,29 +113,30 @@ class GrammarFactory:
             self._compiled(text).deep_copy(), self._vocab_size, self._tokenizer.eos_id
         )
 
-    @staticmethod
-    def _chosen(tools: Sequence[Mapping[str, Any]] | None, tool_choice: str) -> list[Tool]:
-        try:
-            specs = read_tools(tools)
-        except ValueError as error:
-            raise GrammarError(str(error)) from error
-        if not specs:
-            raise GrammarError("tool_choice asks for a call but the request has no tools")
-        if tool_choice == "required":
-            return list(specs.values())
-        if tool_choice not in specs:
-            raise GrammarError(
-                f"tool_choice names {tool_choice!r}, which is not among the tools: "
-                f"{', '.join(specs)}"
-            )
-        return [specs[tool_choice]]
-
     def _compile(self, text: str) -> LLMatcher:
         matcher = LLMatcher(self._ll_tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).strip().splitlines()[0]
             raise GrammarError(f"a tool's schema gives no grammar: {reason}")
         return matcher
+
+
+def chosen_tools(tools: Sequence[Mapping[str, Any]] | None, tool_choice: str) -> list[Tool]:
+    """The tools that "required", or a name, allows. Raises `GrammarError`."""
+    try:
+        specs = read_tools(tools)
+    except ValueError as error:
+        raise GrammarError(str(error)) from error
+    if not specs:
+        raise GrammarError("tool_choice asks for a call but the request has no tools")
+    if tool_choice == "required":
+        return list(specs.values())
+    if tool_choice not in specs:
+        raise GrammarError(
+            f"tool_choice names {tool_choice!r}, which is not among the tools: "
+            f"{', '.join(specs)}"
+        )
+    return [specs[tool_choice]]
 
 
 def reply_grammar(

@@ -17,26 +17,28 @@ _THOUGHT: Final = r"[^<\x00-\x08\x0b-\x1f\x7f]"
 _STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+def json_reply(schema: Mapping[str, Any], tokenizer: Tokenizer, *, chat: bool) -> str:
+    """The Lark grammar of a reply that is JSON of `schema` and nothing after it. In a `chat` reply
+    up to `MAX_REASONING` characters of thinking and the mark that ends it come first."""
+    value = f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}"
+    if not chat:
+        return f"start: {value}\n"
+    think_end = f"<[{tokenizer.token_id(THINK_END)}]>"
+    return (
+        f'start: REASONING? {think_end} "\\n\\n" value\n'
+        f"REASONING: /{_THOUGHT}{{0,{MAX_REASONING - 1}}}\\n/\n"
+        f"value: {value}\n"
+    )
+
+
 class ReplyGrammars(GrammarFactory):
     """All grammars that a server needs: tool calls, and JSON of a schema."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
-        super().__init__(tokenizer, vocab_size)
-        self._think_end = f"<[{tokenizer.token_id(THINK_END)}]>"
-
     def json(self, schema: Mapping[str, Any], *, chat: bool) -> GrammarConstraint:
-        """JSON of `schema` and nothing after it. In a `chat` reply up to `MAX_REASONING` characters
-        of thinking and the mark that ends it come first. Raises `GrammarError`."""
-        value = f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}"
-        lines = [f"start: {value}"]
-        if chat:
-            lines = [
-                f'start: REASONING? {self._think_end} "\\n\\n" value',
-                f"REASONING: /{_THOUGHT}{{0,{MAX_REASONING - 1}}}\\n/",
-                f"value: {value}",
-            ]
+        """JSON of `schema` and nothing after it, behind a thought if `chat` (`json_reply`).
+        Raises `GrammarError`."""
         try:
-            matcher = self._compiled("\n".join(lines) + "\n").deep_copy()
+            matcher = self._compiled(json_reply(schema, self._tokenizer, chat=chat)).deep_copy()
         except GrammarError as error:
             reason = str(error).partition(": ")[2]
             raise GrammarError(f"the schema gives no grammar: {reason}") from error

@@ -1,7 +1,7 @@
 """`python -m model.serve --checkpoint DIR`: an OpenAI-compatible server for one checkpoint.
 
-Exit codes: 2 unusable arguments or checkpoint, 5 the port cannot be had, 130 and 143 after
-SIGINT and SIGTERM.
+`--engine vllm` starts vLLM behind the same command line (`model.vllm_serve`). Exit codes: 2 unusable arguments or checkpoint, 5 the port cannot be had, 130 and 143 after
+SIGINT and SIGTERM; with vLLM also 1, when it ends by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ipaddress
-import json
 import os
 import signal
 import socket
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model import vllm_serve
 from model.errors import ModelError
+from model.port_file import write_port_file
 
 if TYPE_CHECKING:
     from model.service import Service
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.exit_with_parent:
         _exit_with_parent(parent)
+    if options.engine == "vllm":
+        return vllm_serve.serve(options)
     try:
         if options.control:
             _check_control(options.host)
@@ -200,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--control", action="store_true", help="routes that pause and load; loopback hosts only")
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="no access log")
+    add("--engine", default="own", choices=["own", "vllm"])
+    vllm_serve.add_arguments(parser)
     return parser
 
 
@@ -240,7 +245,7 @@ def _serve(
         timeout_graceful_shutdown=_GRACE_S,
     )
     if port_file is not None:
-        _write_atomically(port_file, {"port": port, "pid": os.getpid()})
+        write_port_file(port_file, port)
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {service.name} on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
     uvicorn.Server(config).run(sockets=[listener])
@@ -259,13 +264,6 @@ def _log_to_stderr(config: dict[str, Any]) -> dict[str, Any]:
     for handler in config["handlers"].values():
         handler["stream"] = "ext://sys.stderr"
     return config
-
-
-def _write_atomically(path: Path, value: dict[str, int]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _exit_with_parent(parent: int) -> None:

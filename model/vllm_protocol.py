@@ -1,0 +1,309 @@
+"""ASGI middleware that makes vLLM's server speak as our own does. Loaded with `--middleware`.
+
+| what | vLLM alone | with this |
+|---|---|---|
+| `response_format` in chat | JSON lands in the reasoning, or is free until `</think>` | a thought of up to 200 characters, then JSON as content |
+| `tool_choice` required or named | its own grammar, blanks without end | `model.grammar`'s, the same as ours |
+| `return_token_ids` | ids only | ids in each choice, and log-probs |
+| thinking | `reasoning` | `reasoning_content` too, without the blank lines at its border |
+| `constrained`, `version` | – | in each choice |
+| `POST /pause {"mode"}`, `POST /load {"path", "version"}` | other forms | as our own server has them |
+
+A request of another form passes untouched, and so does what it is answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from model.config import load_config
+from model.grammar import MAX_CALLS, GrammarError, chosen_tools, reply_grammar
+from model.json_format import json_reply
+from model.serve_types import ApiError, CommonRequest, Json
+from model.tokenizer import Tokenizer
+
+CHECKPOINT: Final = "SELFEVO_VLLM_CHECKPOINT"
+MAX_BODY: Final = 16 * 2**20
+_CHAT: Final = "/v1/chat/completions"
+_TEXT: Final = "/v1/completions"
+_DEFAULT_CHAT_TOKENS: Final = 1024
+
+
+class Protocol:
+    """Wraps vLLM's application. `version` is that of the weights of the last `/load`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        checkpoint = Path(os.environ[CHECKPOINT])
+        self._tokenizer = Tokenizer.load(checkpoint)
+        self._context = load_config(checkpoint).max_position_embeddings
+        self.version = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path")
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+        elif path in (_CHAT, _TEXT):
+            await self._complete(scope, receive, send)
+        elif path == "/pause":
+            await self._pause(scope, receive, send)
+        elif path == "/load":
+            await self._load(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await _body(receive)
+        if len(raw) > MAX_BODY:
+            reason = f"the body has more than {MAX_BODY} bytes; send less at once"
+            fault = ApiError(413, reason, param=None, code="invalid_body")
+            await _answer(send, fault.status, fault.body())
+            return
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            await self._app(scope, _replay(raw, receive), send)
+            return
+        chat = scope["path"] == _CHAT
+        try:
+            constrained = translate(body, self._tokenizer, self._context, chat=chat)
+        except ApiError as error:
+            await _answer(send, error.status, error.body())
+            return
+        adapt = self._adapter(chat, constrained, bool(body.get("return_token_ids")))
+        await self._app(
+            scope, _replay(json.dumps(body).encode(), receive), _Rewriting(send, adapt).send
+        )
+
+    def _adapter(self, chat: bool, constrained: bool, ids: bool) -> Callable[[Json], None]:
+        version, begun = self.version, dict[int, _Thinking]()
+
+        def adapt(body: Json) -> None:
+            choices = body.get("choices")
+            if not isinstance(choices, list):
+                return
+            whole = "usage" in body and not str(body.get("object")).endswith(".chunk")
+            for choice in choices:
+                if chat:
+                    thinking = begun.setdefault(choice.get("index", 0), _Thinking())
+                    thinking.adapt(choice.get("message"))
+                    thinking.adapt(choice.get("delta"))
+                    _tidy(choice.get("message"))
+                    if ids and body.get("prompt_token_ids") is not None:
+                        choice["prompt_token_ids"] = body["prompt_token_ids"]
+                if whole or choice.get("finish_reason"):
+                    choice |= {"constrained": constrained, "version": version}
+            if whole:
+                body["constrained"] = constrained
+
+        return adapt
+
+    async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await _body(receive)
+        try:
+            mode = json.loads(raw).get("mode") if raw else None
+        except (ValueError, AttributeError):
+            await _refuse(send, 'the body must be {"mode": "wait", "keep" or "abort"}')
+            return
+        if mode is not None:
+            scope = {**scope, "query_string": f"mode={mode}".encode()}
+        await self._app(scope, _replay(b"", receive), send)
+
+    async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Weights of a checkpoint folder of the same sizes. Pauses where nobody has paused."""
+        if os.environ.get("VLLM_SERVER_DEV_MODE") != "1":
+            await self._app(scope, _replay(b"", receive), send)  # no such route
+            return
+        try:
+            body = json.loads(await _body(receive))
+            path, version = body["path"], body["version"]
+        except (ValueError, KeyError, TypeError):
+            path, version = None, None
+        if not isinstance(path, str) or not isinstance(version, int):
+            await _refuse(send, 'the body must be {"path": checkpoint folder, "version": number}')
+            return
+        if not (Path(path) / "config.json").is_file():
+            await _refuse(send, f"path: no checkpoint in {path!r}")
+            return
+        engine = scope["app"].state.engine_client
+        paused = await engine.is_paused()
+        if not paused:
+            await engine.pause_generation(mode="wait")
+        try:
+            await engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            await engine.reset_prefix_cache()
+        finally:
+            if not paused:
+                await engine.resume_generation()
+        self.version = version
+        await _answer(send, 200, {"version": version})
+
+
+def translate(body: Json, tokenizer: Tokenizer, context: int, *, chat: bool) -> bool:
+    """Turns a request of ours into one of vLLM's, in place; whether a grammar limits its reply.
+
+    Raises `ApiError` where our own server would.
+    """
+    if body.get("return_token_ids"):
+        if chat:
+            body["logprobs"] = True
+        elif body.get("logprobs") is None:
+            body["logprobs"] = 0
+    if chat and body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
+        body["max_tokens"] = _DEFAULT_CHAT_TOKENS
+    for name in ("max_tokens", "max_completion_tokens"):
+        if isinstance(body.get(name), int):
+            body[name] = min(body[name], context)  # vLLM cuts it to the room that is left
+    grammar = _grammar(body, tokenizer, chat)
+    if grammar is None:
+        return bool(body.get("structured_outputs"))
+    body["structured_outputs"] = {"grammar": grammar}
+    for name in ("response_format", "ignore_eos"):
+        body.pop(name, None)
+    return True
+
+
+def _grammar(body: Json, tokenizer: Tokenizer, chat: bool) -> str | None:
+    wanted = {"response_format": body.get("response_format")}
+    if wanted["response_format"] is not None and not isinstance(wanted["response_format"], dict):
+        return None  # vLLM refuses it
+    choice = _choice_name(body.get("tool_choice")) if chat else None
+    if choice not in (None, "none", "auto"):
+        body["tool_choice"] = "auto"
+        body.pop("stop", None)
+        parallel = body.get("parallel_tool_calls") is not False
+        try:
+            tools = chosen_tools(body.get("tools"), str(choice))
+            return reply_grammar(tools, tokenizer, max_calls=MAX_CALLS if parallel else 1)
+        except GrammarError as error:
+            raise ApiError(400, str(error), param="tools", code="invalid_value") from error
+    schema = CommonRequest.model_validate(wanted).json_schema()
+    return None if schema is None else json_reply(schema, tokenizer, chat=chat)
+
+
+def _choice_name(choice: Any) -> str | None:
+    if not isinstance(choice, dict):
+        return choice if choice is None else str(choice)
+    inner = choice.get("function", choice)
+    return str(inner.get("name")) if isinstance(inner, dict) else ""
+
+
+class _Thinking:
+    """One reply's thought and text, in one piece or in many: the line break that ends the thought
+    and the two that begin the text belong to neither."""
+
+    def __init__(self) -> None:
+        self._thought, self._text, self._begun = "", "", False
+
+    def adapt(self, part: Any) -> None:
+        if not isinstance(part, dict):
+            return
+        if isinstance(part.get("reasoning"), str):
+            thought = self._thought + part["reasoning"]
+            part["reasoning_content"] = thought.removesuffix("\n")
+            self._thought = thought[len(part["reasoning_content"]) :]
+        if isinstance(part.get("content"), str) and not self._begun:
+            text = self._text + part["content"]
+            self._begun = not "\n\n".startswith(text)
+            part["content"] = text.removeprefix("\n\n") if self._begun else ""
+            self._text = text
+
+
+def _tidy(message: Any) -> None:
+    """Fields that our own server always has."""
+    if isinstance(message, dict):
+        message.setdefault("reasoning_content", "")
+        message["content"] = message.get("content") or (None if message.get("tool_calls") else "")
+
+
+class _Rewriting:
+    """Lets `adapt` change a JSON answer, or each event of a stream, on its way to `send`."""
+
+    def __init__(self, send: Send, adapt: Callable[[Json], None]) -> None:
+        self._send, self._adapt = send, adapt
+        self._start: Message | None = None
+        self._stream = False
+        self._held = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._stream = kind.startswith(b"text/event-stream")
+            self._start = message
+            if self._stream:
+                await self._send(message)
+            return
+        if message["type"] != "http.response.body" or self._start is None:
+            await self._send(message)
+            return
+        self._held += message.get("body", b"")
+        more = message.get("more_body", False)
+        if self._stream:
+            *events, self._held = self._held.split(b"\n\n")
+            sent = b"".join(self._event(event) + b"\n\n" for event in events)
+            if not more:
+                sent += self._held
+            await self._send({"type": message["type"], "body": sent, "more_body": more})
+        elif not more:
+            whole = self._changed(self._held)
+            headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
+            headers.append((b"content-length", str(len(whole)).encode()))
+            await self._send({**self._start, "headers": headers})
+            await self._send({"type": message["type"], "body": whole, "more_body": False})
+
+    def _event(self, event: bytes) -> bytes:
+        if not event.startswith(b"data: {"):
+            return event
+        return b"data: " + self._changed(event.removeprefix(b"data: "))
+
+    def _changed(self, text: bytes) -> bytes:
+        try:
+            body = json.loads(text)
+        except ValueError:
+            return text
+        if isinstance(body, dict):
+            self._adapt(body)
+        return json.dumps(body, ensure_ascii=False).encode()
+
+
+async def _body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= MAX_BODY:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            break
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body once, then whatever else comes: a client that leaves is still noticed."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _answer(send: Send, status: int, body: Json) -> None:
+    raw = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": raw})
+
+
+async def _refuse(send: Send, reason: str) -> None:
+    await _answer(send, 400, ApiError(400, reason, param=None, code="invalid_value").body())
