@@ -133,8 +133,7 @@ def chosen_tools(tools: Sequence[Mapping[str, Any]] | None, tool_choice: str) ->
         return list(specs.values())
     if tool_choice not in specs:
         raise GrammarError(
-            f"tool_choice names {tool_choice!r}, which is not among the tools: "
-            f"{', '.join(specs)}"
+            f"tool_choice names {tool_choice!r}, which is not among the tools: {', '.join(specs)}"
         )
     return [specs[tool_choice]]
 

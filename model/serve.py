@@ -1,6 +1,8 @@
 """`python -m model.serve --checkpoint DIR`: an OpenAI-compatible server for one checkpoint.
 
-`--engine vllm` starts vLLM behind the same command line (`model.vllm_serve`). Exit codes: 2 unusable arguments or checkpoint, 5 the port cannot be had, 130 and 143 after
+`--engine vllm` starts vLLM behind the same command line (`model.vllm_serve`).
+
+Exit codes: 2 unusable arguments or checkpoint, 5 the port cannot be had, 130 and 143 after
 SIGINT and SIGTERM; with vLLM also 1, when it ends by itself.
 """
 

@@ -191,7 +191,7 @@ class Service:
         """A finished reply, taken apart into thinking, text and calls."""
         text, ids, finish = self._text(plan, made)
         salt = f"{answer_id}/{index}"
-        reply, error, repaired = _parse(text, plan.tools, finish, salt)
+        reply, error, repaired = read_reply(text, plan.tools, finish, salt)
         return Choice(
             reply=reply,
             finish_reason="tool_calls" if reply.tool_calls and finish != "abort" else finish,
@@ -379,7 +379,7 @@ def failure(error: Exception) -> ApiError:
     return ApiError(500, f"generation failed: {error}", param=None, code="engine_error")
 
 
-def _parse(
+def read_reply(
     text: str, tools: list[Json] | None, finish: str, salt: str
 ) -> tuple[ParsedReply, str | None, bool]:
     """The reply, why a call in it was no call, and whether it took the one repair.

@@ -1,4 +1,4 @@
-"""What vLLM lacks for this model: seven small mends, each where its fault is found and nowhere else.
+"""What vLLM lacks for this model: seven small mends, each only where its fault is found.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`), so
 nothing of vLLM is edited. Each mend looks for its fault first, by behaviour where that can be

@@ -2,12 +2,13 @@
 
 | what | vLLM alone | with this |
 |---|---|---|
-| `response_format` in chat | JSON lands in the reasoning, or is free until `</think>` | a thought of up to 200 characters, then JSON as content |
-| `tool_choice` required or named | its own grammar, blanks without end | `model.grammar`'s, the same as ours |
+| `response_format` in chat | JSON lands in the reasoning | a short thought, then JSON as content |
+| `tool_choice` required or named | a grammar with endless blanks | that of `model.grammar` |
 | `return_token_ids` | ids only | ids in each choice, and log-probs |
-| thinking | `reasoning` | `reasoning_content` too, without the blank lines at its border |
+| a bad tool call | dropped, or run although cut off | `tool_call_error`, or one repair |
+| thinking | `reasoning` | `reasoning_content` too, without line breaks at its border |
 | `constrained`, `version` | – | in each choice |
-| `POST /pause {"mode"}`, `POST /load {"path", "version"}` | other forms | as our own server has them |
+| `POST /pause`, `POST /load` | other forms | `{"mode"}` and `{"path", "version"}`, as ours |
 
 A request of another form passes untouched, and so does what it is answered.
 """
@@ -23,9 +24,12 @@ from typing import Any, Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.config import load_config
+from model.errors import ModelError
 from model.grammar import MAX_CALLS, GrammarError, chosen_tools, reply_grammar
 from model.json_format import json_reply
+from model.serve_answers import Choice
 from model.serve_types import ApiError, CommonRequest, Json
+from model.service import read_reply
 from model.tokenizer import Tokenizer
 
 CHECKPOINT: Final = "SELFEVO_VLLM_CHECKPOINT"
@@ -73,17 +77,23 @@ class Protocol:
             await self._app(scope, _replay(raw, receive), send)
             return
         chat = scope["path"] == _CHAT
+        ids = bool(body.get("return_token_ids"))
+        tools = body.get("tools") if body.get("tool_choice") != "none" else None
         try:
             constrained = translate(body, self._tokenizer, self._context, chat=chat)
         except ApiError as error:
             await _answer(send, error.status, error.body())
             return
-        adapt = self._adapter(chat, constrained, bool(body.get("return_token_ids")))
+        if chat and tools and not body.get("stream"):
+            body["return_token_ids"] = True  # to read the calls again, as our own server does
+        adapt = self._adapter(chat, constrained, ids, tools)
         await self._app(
             scope, _replay(json.dumps(body).encode(), receive), _Rewriting(send, adapt).send
         )
 
-    def _adapter(self, chat: bool, constrained: bool, ids: bool) -> Callable[[Json], None]:
+    def _adapter(
+        self, chat: bool, constrained: bool, ids: bool, tools: list[Json] | None
+    ) -> Callable[[Json], None]:
         version, begun = self.version, dict[int, _Thinking]()
 
         def adapt(body: Json) -> None:
@@ -97,14 +107,46 @@ class Protocol:
                     thinking.adapt(choice.get("message"))
                     thinking.adapt(choice.get("delta"))
                     _tidy(choice.get("message"))
+                    if tools and choice.get("message") and choice.get("token_ids"):
+                        self._read_calls(choice, tools, str(body.get("id")))
                     if ids and body.get("prompt_token_ids") is not None:
                         choice["prompt_token_ids"] = body["prompt_token_ids"]
+                    elif not ids:
+                        choice.pop("token_ids", None)
                 if whole or choice.get("finish_reason"):
                     choice |= {"constrained": constrained, "version": version}
             if whole:
                 body["constrained"] = constrained
+            if not ids:
+                body.pop("prompt_token_ids", None)
 
         return adapt
+
+    def _read_calls(self, choice: Json, tools: list[Json], answer_id: str) -> None:
+        """vLLM drops a call of an unknown tool in silence and takes one that was cut off for
+        whole: read the reply as our own server does, with its one repair and its reasons."""
+        eos, finish = self._tokenizer.eos_id, choice.get("finish_reason")
+        finish = "stop" if finish == "tool_calls" else str(finish)
+        text = self._tokenizer.decode([id for id in choice["token_ids"] if id != eos])
+        salt = f"{answer_id}/{choice.get('index', 0)}"
+        try:
+            reply, error, repaired = read_reply(text, tools, finish, salt)
+        except ModelError:
+            return  # tools that only vLLM understands
+        read = Choice(
+            reply=reply,
+            finish_reason="tool_calls" if reply.tool_calls else finish,
+            constrained=False,
+            version=self.version,
+            token_ids=[],
+            logprobs=None,
+            prompt_token_ids=None,
+            tool_call_error=error,
+            repaired=repaired,
+        )
+        choice["message"].pop("tool_calls", None)
+        choice["message"] |= read.message()
+        choice |= {"finish_reason": read.finish_reason, **read.extras()}
 
     async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await _body(receive)

@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that only `--engine vllm` has."""
     group = parser.add_argument_group("with --engine vllm")
     add = group.add_argument
-    add("--dtype", choices=list(_BYTES), default=None, help="default: float32 on CPU, else bfloat16")
+    add(
+        "--dtype", choices=list(_BYTES), default=None, help="default: float32 on CPU, else bfloat16"
+    )
     add("--eager", action="store_true", help="no compilation: starts sooner, runs slower")
     add(
         "--logprobs",
@@ -188,6 +190,8 @@ def command_of(
         command += ["--chat-template-content-format", "openai"]
     if options.prefix_cache_tokens == 0:
         command.append("--no-enable-prefix-caching")
+    if prefill := getattr(options, "prefill_tokens", None):
+        command += ["--max-num-batched-tokens", str(prefill)]
     if options.eager:
         command.append("--enforce-eager")
     if options.quiet:
@@ -196,7 +200,7 @@ def command_of(
         command += ["--distributed-executor-backend", "uni"]
     elif options.control:
         command += ["--weight-transfer-config", json.dumps({"backend": "ipc"})]
-    return command + options.vllm_option
+    return [*command, *options.vllm_option]
 
 
 def environment_of(
@@ -270,14 +274,16 @@ def _run(
     name = options.served_model_name or _name(options.checkpoint)
     host = f"[{options.host}]" if ":" in options.host else options.host
     child = subprocess.Popen(
-        command, env=environment, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=_tied
+        command, env=environment, stdout=2, stdin=subprocess.DEVNULL, preexec_fn=_tied
     )
     try:
         if not _healthy(child, f"http://{host}:{port}/health", received):
             if received:
                 return 128 + received[0]
             code, limit = child.poll(), f"{START_LIMIT_S:.0f} s"
-            what = f"did not answer within {limit}" if code is None else f"ended with exit code {code}"
+            what = (
+                f"did not answer within {limit}" if code is None else f"ended with exit code {code}"
+            )
             print(f"error: vLLM {what}; its own messages are above", file=sys.stderr)
             return 1
         if options.port_file is not None:
@@ -319,10 +325,8 @@ def _healthy(child: subprocess.Popen[bytes], url: str, received: list[int]) -> b
 def _stop(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         child.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            pass
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

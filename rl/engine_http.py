@@ -133,7 +133,9 @@ class HttpEngine:
         try:
             answer = self._http.request(method, path, json=body)
         except httpx.TimeoutException as error:
-            raise InfraError(f"{self.url}{path}: no answer in time; see the server's log") from error
+            raise InfraError(
+                f"{self.url}{path}: no answer in time; see the server's log"
+            ) from error
         except httpx.HTTPError as error:
             raise InfraError(f"{self.url} is not reachable ({error}); start the server") from error
         if missing_ok and answer.status_code in (404, 405):
@@ -185,7 +187,9 @@ def generation(answer: Mapping[str, Any] | None, version: int, url: str) -> Gene
         cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         version = int(choice.get("version", version))
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise InfraError(f"{url} gave no ids with log-probs; check that it is our server") from error
+        raise InfraError(
+            f"{url} gave no ids with log-probs; check that it is our server"
+        ) from error
     if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
         raise InfraError(f"{url} gave {len(ids)} ids and {len(logprobs)} log-probs, or not finite")
     if reason not in ("stop", "length"):

@@ -100,7 +100,7 @@ def ipc_info(tensors: dict[str, Tensor]) -> dict[str, Any]:
     handles = []
     for tensor in tensors.values():
         card = str(torch.cuda.get_device_properties(tensor.device).uuid)
-        handles.append({card: reduce_tensor(tensor)[1]})
+        handles.append({card: reduce_tensor(tensor)[1]})  # type: ignore[no-untyped-call]
     return {
         "names": list(tensors),
         "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
