@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
 from agent_tools.errors import UserError
 
 
@@ -16,6 +13,9 @@ class ConfigError(UserError):
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse `text` (YAML 1.2) to a mapping; `where` names the source in messages."""
+    from ruamel.yaml import YAML  # whoever only needs the error needs no parser
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:

@@ -10,6 +10,8 @@ median of the paired ratios (the target is ≥ 2).
 `vs_hf_cpu_32` compares tokens a CPU-second (server and peer on one thread each), which hardly
 depends on what else the machine does.
 
+vLLM (`make setup-vllm`): see `benchmarks.serve_vllm`; `vs_vllm_cpu_32` has the target ≥ 1.5.
+
 Load: 2,000 requests in waves of 400 against 64 slots and a queue of 256. Of each wave some leave in
 the middle of their stream and some while they still wait. `answered` + `refused` + `left` are all
 2,000; refused ones got 429 with Retry-After; `wrong` counts every other outcome, and `slots_after`
@@ -26,108 +28,38 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 
-from benchmarks.common import ROOT, emit, report
+from benchmarks.common import emit, report
+from benchmarks.serve_common import (
+    NANO,
+    NEW,
+    PROMPT,
+    ROWS,
+    TIMEOUT_S,
+    BenchmarkError,
+    Server,
+    ours,
+    prompts,
+    server,
+)
+from benchmarks.serve_vllm import measure_vllm
+from model.errors import ModelError
 from model.tokenizer import Tokenizer
 
-NANO = ROOT / "model" / "checkpoints" / "nano"
-SCRIPTS = ROOT / "benchmarks" / "data" / "scripts_48.jsonl"
-ROWS, PROMPT, NEW = 32, 64, 128
 SLOTS, QUEUE, WAVE, REQUESTS = 64, 256, 400, 2000
-TARGET = 2.0
-_TIMEOUT_S = 600.0
-
-
-class BenchmarkError(Exception):
-    """The server did not come up, or answered what it must not."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running `model.serve`."""
-
-    url: str
-    process: psutil.Process
-
-    def rss_mb(self) -> float:
-        return float(self.process.memory_info().rss) / 2**20
-
-    def peak_mb(self) -> float:
-        """The most memory it ever had (Linux)."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-        raise BenchmarkError("this system does not tell a process's peak memory")
-
-
-@contextlib.contextmanager
-def server(*options: str) -> Iterator[Server]:
-    """`python -m model.serve` on a free port, for as long as the block runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        port_file = Path(folder) / "port.json"
-        command = [sys.executable, "-m", "model.serve", "--checkpoint", str(NANO), "--port", "0"]
-        command += ["--port-file", str(port_file), "--device", "cpu", "--quiet", *options]
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                for _ in range(1200):
-                    if port_file.exists() or process.poll() is not None:
-                        break
-                    time.sleep(0.1)
-                if not port_file.exists():
-                    raise BenchmarkError(f"the server did not come up (exit {process.poll()})")
-                port = json.loads(port_file.read_text())["port"]
-                yield Server(f"http://127.0.0.1:{port}/v1", psutil.Process(process.pid))
-            finally:
-                process.terminate()
-                process.communicate(timeout=60)
-
-
-def prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """The first 64 tokens of 32 committed scripts, which differ from the first token on."""
-    found: list[list[int]] = []
-    for line in SCRIPTS.read_text().splitlines():
-        row = json.loads(line)
-        text = f"# {len(found)} {row['competition']}\n{row['script']}"
-        ids = tokenizer.encode(text)
-        if len(ids) >= PROMPT and len(found) < ROWS:
-            found.append(ids[:PROMPT])
-    if len(found) < ROWS:
-        raise BenchmarkError(f"{SCRIPTS}: only {len(found)} scripts are long enough")
-    return found
+TARGET, VLLM_TARGET = 2.0, 1.5
 
 
 # ---------------------------------------------------------------- speed
-
-
-async def ours(client: httpx.AsyncClient, url: str, asked: Sequence[list[int]]) -> float:
-    """Tokens a second of these prompts asked at once."""
-
-    async def ask(seed: int, prompt: list[int]) -> int:
-        body = {"prompt": prompt, "max_tokens": NEW, "temperature": 1.0, "seed": seed}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        answer = await client.post(f"{url}/completions", json=body)
-        answer.raise_for_status()
-        return len(answer.json()["choices"][0]["token_ids"])
-
-    start = time.perf_counter()
-    counts = await asyncio.gather(*(ask(seed, prompt) for seed, prompt in enumerate(asked)))
-    took = time.perf_counter() - start
-    if counts != [NEW] * len(asked):
-        raise BenchmarkError(f"asked for {NEW} tokens each, got {sorted(set(counts))}")
-    return sum(counts) / took
 
 
 @dataclass(frozen=True)
@@ -220,7 +152,7 @@ async def in_turns(
     rows = []
     # The peer runs for longer than a server keeps an idle connection.
     limits = httpx.Limits(max_connections=ROWS, keepalive_expiry=0.5)
-    async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
         await ours(client, running.url, asked)
         peer.tokens_s(asked)
         for _ in range(repeats):
@@ -305,7 +237,7 @@ def measure_load(requests: int, seed: int = 0) -> tuple[dict[str, float], list[d
 
     async def waves(running: Server) -> int:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
             for first in range(0, requests, WAVE):
                 count, start = min(WAVE, requests - first), time.perf_counter()
                 rngs = [random.Random(rng.random()) for _ in range(count)]
@@ -345,22 +277,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of the load part")
     parser.add_argument("--native", choices=["auto", "off"], default="auto", help="speed part")
-    parser.add_argument("--only", choices=["speed", "load"], default=None)
+    parser.add_argument("--only", choices=["speed", "vllm", "load"], default=None)
     options = parser.parse_args(arguments)
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     try:
-        if options.only != "load":
+        if options.only in (None, "speed"):
             more, made = measure_speed(options.repeats, options.native)
             figures, rows = figures | more, rows + made
-        if options.only != "speed":
+        if options.only in (None, "vllm"):
+            more, made = measure_vllm(options.repeats)
+            figures, rows = figures | more, rows + made
+        if options.only in (None, "load"):
             more, made = measure_load(options.requests)
             figures, rows = figures | more, rows + made
-    except (BenchmarkError, httpx.HTTPError) as error:
+    except (BenchmarkError, ModelError, httpx.HTTPError) as error:
         print(f"error: {error!r}", file=sys.stderr)
         return 5
     emit(report("serve", figures, rows, ("torch", "transformers", "uvicorn")), options.json)
     missed = figures.get("vs_hf_generate_32", TARGET) < TARGET
+    missed |= figures.get("vs_vllm_cpu_32", VLLM_TARGET) < VLLM_TARGET
     missed |= bool(figures.get("wrong", 0) or figures.get("slots_after", 0))
     return int(missed)
 

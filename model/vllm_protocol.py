@@ -15,6 +15,7 @@ A request of another form passes untouched, and so does what it is answered.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -59,6 +60,8 @@ class Protocol:
             await self._pause(scope, receive, send)
         elif path == "/load":
             await self._load(scope, receive, send)
+        elif path == "/finish_weight_update":
+            await self._finish(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -158,6 +161,18 @@ class Protocol:
         if mode is not None:
             scope = {**scope, "query_string": f"mode={mode}".encode()}
         await self._app(scope, _replay(b"", receive), send)
+
+    async def _finish(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The end of an update by ipc; its `weight_version` is the version from now on."""
+        raw = await _body(receive)
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    self.version = int(json.loads(raw)["weight_version"])
+            await send(message)
+
+        await self._app(scope, _replay(raw, receive), noting)
 
     async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Weights of a checkpoint folder of the same sizes. Pauses where nobody has paused."""

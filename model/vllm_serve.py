@@ -198,8 +198,11 @@ def command_of(
         command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     if found.device == "cpu":
         command += ["--distributed-executor-backend", "uni"]
-    elif options.control:
-        command += ["--weight-transfer-config", json.dumps({"backend": "ipc"})]
+    else:
+        # the cache's size is given; this only says how much of the card must be free at the start
+        command += ["--gpu-memory-utilization", "0.1"]
+        if options.control:
+            command += ["--weight-transfer-config", json.dumps({"backend": "ipc"})]
     return [*command, *options.vllm_option]
 
 

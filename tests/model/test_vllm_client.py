@@ -146,10 +146,8 @@ def test_weights_by_file_are_the_models_and_the_engine_goes_on(tmp_path: Path) -
         with pytest.raises(InfraError, match="no room"):
             push.push(model, 2)
         assert engine.version == 1
-        assert [path for path, _ in found.asked] == ["/pause", "/load", "/resume"] + [
-            "/pause",
-            "/resume",
-        ]
+        asked = [path for path, _ in found.asked]
+        assert asked == ["/pause", "/load", "/resume", "/pause", "/resume"]
         push.close()
         assert not (tmp_path / "w").exists()
 

@@ -254,22 +254,26 @@ class Upstream:
 
 @pytest.fixture
 def answer_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a client gets of an upstream's answer: status and bytes."""
+    """What a client gets of an upstream's answer to the last of some requests: status and bytes."""
     TOKENIZER.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["nano"].to_dict()))
     monkeypatch.setenv("SELFEVO_VLLM_CHECKPOINT", str(tmp_path))
 
-    def ask(upstream: Upstream, path: str, body: bytes) -> tuple[int, bytes]:
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return {"type": "http.request", "body": body, "more_body": False}
+    def ask(upstream: Upstream, *paths_and_bodies: Any) -> tuple[int, bytes]:
+        protocol, sent = Protocol(upstream), list[Any]()
 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b""}
-        asyncio.run(Protocol(upstream)(scope, receive, send))
+        for path, body in zip(paths_and_bodies[::2], paths_and_bodies[1::2], strict=True):
+            message = {"type": "http.request", "body": body, "more_body": False}
+            sent.clear()
+
+            async def receive(message: Any = message) -> Any:
+                return message
+
+            scope = {"type": "http", "method": "POST", "path": path, "query_string": b""}
+            asyncio.run(protocol(scope, receive, send))
         return sent[0]["status"], b"".join(m.get("body", b"") for m in sent)
 
     return ask
@@ -290,6 +294,15 @@ def test_a_whole_answer_gets_our_fields(answer_of: Any) -> None:
     assert made["message"]["content"] == "yes" and made["message"]["reasoning_content"] == "so"
     assert made["constrained"] is False and made["version"] == 0
     assert made["prompt_token_ids"] == [1, 2]
+
+
+def test_an_update_by_ipc_gives_replies_its_version(answer_of: Any) -> None:
+    choice = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}
+    body = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": {}}
+    upstream = Upstream("application/json", [json.dumps(body).encode()])
+    finish = ("/finish_weight_update", b'{"weight_version": "6"}')
+    _, found = answer_of(upstream, *finish, CHAT, json.dumps({"messages": HELLO}).encode())
+    assert json.loads(found)["choices"][0]["version"] == 6
 
 
 def test_a_call_that_vllm_drops_is_reported_with_its_reason(answer_of: Any) -> None:
