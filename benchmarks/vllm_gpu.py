@@ -7,7 +7,7 @@ bfloat16 as it runs fastest (for speed), and ours in float32. Printed, and writt
 
 | figure | what |
 |---|---|
-| `ids_equal`, `logprob_max` | greedy in float32: share of replies equal to ours, largest difference |
+| `ids_equal`, `logprob_max` | greedy, float32: share of replies equal to ours, largest difference |
 | `…_after_file`, `…_after_ipc` | the same after new weights by folder, and from a live model |
 | `load_s` | a load alone; below 1 s, as are the next two |
 | `reload_file_s`, `reload_ipc_s` | hand over with pause and resume |
