@@ -99,10 +99,21 @@ def greedy(prompt: list[int], new: int) -> GenRequest:
 
 
 def assert_same(made: list[Generation], expected: list[Generation]) -> None:
-    """The same ids, and log-probs as near as two orders of float32 sums can be."""
+    """The same ids, and log-probs as near as two orders of float32 sums can be. Where two tokens
+    are equally likely to that accuracy, either may have been chosen; nothing after it is compared.
+    """
+    ties = 0
     for mine, theirs in zip(made, expected, strict=True):
-        assert mine.ids == theirs.ids
-        assert mine.logprobs == pytest.approx(theirs.logprobs, rel=1e-4, abs=1e-5)
+        fork = next(
+            (i for i, (a, b) in enumerate(zip(mine.ids, theirs.ids, strict=False)) if a != b), None
+        )
+        compared = slice(None if fork is None else fork + 1)
+        assert mine.logprobs[compared] == pytest.approx(
+            theirs.logprobs[compared], rel=1e-4, abs=1e-5
+        )
+        ties += fork is not None
+        assert fork is not None or len(mine.ids) == len(theirs.ids)
+    assert ties <= len(made) // 4
 
 
 # ---------------------------------------------------------------- the mends

