@@ -214,6 +214,7 @@ def environment_of(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # tool_choice auto leaves the model free
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "SELFEVO_VLLM_CHECKPOINT": str(options.checkpoint),
     }
