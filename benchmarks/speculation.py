@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, emit, report
-from benchmarks.serve import prompts as text_prompts
+from benchmarks.serve_common import prompts as text_prompts
 from model.checkpoint import load_model
 from model.errors import ModelError
 from model.generate import Engine, GenRequest, Row

@@ -141,6 +141,7 @@ class Protocol:
             finish_reason="tool_calls" if reply.tool_calls else finish,
             constrained=False,
             version=self.version,
+            versions=[],
             token_ids=[],
             logprobs=None,
             prompt_token_ids=None,
@@ -149,7 +150,9 @@ class Protocol:
         )
         choice["message"].pop("tool_calls", None)
         choice["message"] |= read.message()
-        choice |= {"finish_reason": read.finish_reason, **read.extras()}
+        extras = read.extras()
+        del extras["versions"]  # vLLM does not tell which token came from which weights
+        choice |= {"finish_reason": read.finish_reason, **extras}
 
     async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await _body(receive)

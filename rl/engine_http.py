@@ -186,6 +186,8 @@ def generation(answer: Mapping[str, Any] | None, version: int, url: str) -> Gene
         reason = choice["finish_reason"]
         cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         version = int(choice.get("version", version))
+        spans = choice.get("versions") or [[0, len(ids), version]]
+        versions = [(int(begin), int(end), int(of)) for begin, end, of in spans]
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise InfraError(
             f"{url} gave no ids with log-probs; check that it is our server"
@@ -193,9 +195,15 @@ def generation(answer: Mapping[str, Any] | None, version: int, url: str) -> Gene
     if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
         raise InfraError(f"{url} gave {len(ids)} ids and {len(logprobs)} log-probs, or not finite")
     if reason not in ("stop", "length"):
-        reason = "length"  # ended by a pause: what there is of it counts as cut off
+        reason = "abort"  # ended by a pause
     return Generation(
-        ids, logprobs, reason, bool(choice.get("constrained")), version, cached=int(cached)
+        ids,
+        logprobs,
+        reason,
+        bool(choice.get("constrained")),
+        version,
+        cached=int(cached),
+        versions=versions,
     )
 
 
