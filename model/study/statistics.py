@@ -1,0 +1,53 @@
+"""Means and intervals of the study: seeds are the unit, packages are resampled for losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan, sqrt
+from statistics import fmean, stdev
+
+import numpy as np
+import numpy.typing as npt
+
+# 97.5 % points of Student's t by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval; the ends are nan where there is a single value."""
+
+    mean: float
+    low: float
+    high: float
+
+    def within(self, low: float, high: float) -> bool:
+        """Whether all of it lies between two bounds."""
+        return self.low >= low and self.high <= high
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of values of different seeds, and Student's interval for it."""
+    mean = fmean(values) if values else nan
+    if len(values) < 2:
+        return Interval(mean, nan, nan)
+    half = _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def package_interval(
+    nats_SP: npt.NDArray[np.float64], count_P: npt.NDArray[np.float64], seed: int = 0
+) -> Interval:
+    """Loss difference a token, with packages drawn again and again (percentile bootstrap).
+
+    `nats_SP`: difference of summed nats by seed and package; `count_P`: targets of each package.
+    """
+    draw = np.random.default_rng(seed)
+    packages = len(count_P)
+    chosen_RP = draw.integers(packages, size=(_RESAMPLES, packages))
+    mean_P = nats_SP.mean(axis=0)
+    losses_R = mean_P[chosen_RP].sum(axis=1) / count_P[chosen_RP].sum(axis=1)
+    low, high = np.percentile(losses_R, [2.5, 97.5])
+    return Interval(float(mean_P.sum() / count_P.sum()), float(low), float(high))
