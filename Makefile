@@ -23,7 +23,7 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
 .PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup setup-vllm \
-  verify-digests verify-sandbox verify-storm verify-suites medals setup-aide verify-peers clean
+  verify-digests verify-sandbox verify-storm verify-study verify-suites medals setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -156,6 +156,10 @@ verify-digests: setup
 
 verify-storm: setup-dev
 	$(PY) -m tests.selfevo.storm --kills 200
+
+# The architecture study in small: five studies, two seeds, a kill and a resume, the tables.
+verify-study: setup-dev
+	$(PY) -m tests.model.verify_study
 
 clean:
 	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-vllm .venv-aide .data
