@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.errors import ModelError
 from model.study.corpus import Tokens
 
 TASKS = ("lookup", "count", "hop", "copy")
@@ -38,6 +39,7 @@ _COPIED = 7
 _VOTES, _DECOYS = 4, 3
 _FILL = 0.6  # of a row's slots
 _TRIES = 12
+_TOO_SMALL = "the vocabulary has too few tokens for the keys of one row; use shorter rows"
 _HELDOUT_PAIRS = 8
 
 
@@ -103,14 +105,23 @@ class _Board:
 
     def key(self) -> int:
         """A token that is no key in this row yet."""
+        if not self.keys:
+            raise ModelError(_TOO_SMALL)
         return self.keys.pop()
 
-    def partner(self, first: int, among: Callable[[], int] | None = None) -> int:
+    def partner(self, first: int) -> int:
         """A token that may follow `first` in this kind of row."""
         while True:
-            second = among() if among else self.values[self.below(len(self.values))]
+            second = self.values[self.below(len(self.values))]
             if pair_is_heldout(first, second) == self.heldout:
                 return second
+
+    def next_key(self, first: int) -> int:
+        """The same, and no key in this row yet."""
+        for place in reversed(range(len(self.keys))):
+            if pair_is_heldout(first, self.keys[place]) == self.heldout:
+                return self.keys.pop(place)
+        raise ModelError(_TOO_SMALL)
 
     def spans(self, width: int = 1, between: int = 0) -> Iterator[tuple[int, int, int, list[int]]]:
         """Until the row is full: a class of distance, the first slots of a thing and of its
@@ -178,7 +189,7 @@ def _count(board: _Board) -> None:
 def _hop(board: _Board) -> None:
     for reach, first, ask, inner in board.spans(between=1):
         start = board.key()
-        middle = board.partner(start, among=board.key)
+        middle = board.next_key(start)
         end = board.partner(middle)
         board.write(first, FACT, middle, end)
         board.write(inner[0], FACT, start, middle)

@@ -143,3 +143,9 @@ def test_distances_are_spread_over_the_whole_context() -> None:
     for number in range(len(TASKS)):
         counts = [int((rows.reach[rows.task == number] == i).sum()) for i in range(len(REACHES))]
         assert min(counts) > 0.5 * sum(counts) / len(REACHES)
+
+
+def test_a_vocabulary_too_small_for_a_row_is_refused() -> None:
+    text = np.full((4, 2048), 9, dtype=np.uint16)
+    with pytest.raises(ModelError, match="too few tokens"):
+        make_rows(text, window=128, seed=0, heldout=True, vocabulary=64)
