@@ -41,7 +41,7 @@ class Size:
     warmup: float = 0.05
     decay: float = 0.3
     probe_weight: float = 1.0
-    short_share: float = 0.25
+    short_share: float = 0.4
     short_parts: int = 8
     vocabulary: int = 2048
 

@@ -23,6 +23,7 @@ TINY = replace(
     steps=4,
     eval_rows=5,
     eval_probe_rows=2,
+    short_share=0.25,
     short_parts=2,
 )
 
