@@ -63,7 +63,7 @@ def test_matched_variants_cost_the_same() -> None:
     assert abs(longer.flops / module.flops - 1) < 0.01 and longer.config == full.config
     for coarse, fine in (("base", "fine"), ("fine", "fine-shared")):
         a, b = plan(size, VARIANTS[coarse]), plan(size, VARIANTS[fine])
-        assert a.tokens == b.tokens and abs(a.flops / b.flops - 1) < 0.02
+        assert a.tokens == b.tokens and abs(a.flops / b.flops - 1) < 0.03  # a wider router
         assert abs(a.parameters / b.parameters - 1) < 0.01
 
 
