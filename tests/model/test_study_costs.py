@@ -47,7 +47,8 @@ def test_flops_of_a_small_model_by_hand() -> None:
 
 
 def test_flops_of_a_run_are_those_of_its_steps() -> None:
-    planned = plan(replace(TINY, steps=8), VARIANTS["converted-5to1"])
+    half = replace(VARIANTS["converted-5to1"], convert_at=0.5)
+    planned = plan(replace(TINY, steps=8), half)
     rows, time, full = TINY.rows, TINY.context, plan(TINY, VARIANTS["base"]).config
     short = 2 * 2 * rows * row_flops(full, time // 2)  # two steps, rows cut in two
     before, after = 2 * rows * row_flops(full, time), 4 * rows * row_flops(planned.config, time)

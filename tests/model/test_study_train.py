@@ -79,7 +79,8 @@ def test_conversion_starts_from_full_attention() -> None:
     size = replace(TINY, steps=6)
     seen = {}
     for name in ("base", "converted-5to1", "hybrid-5to1"):
-        planned = plan(size, VARIANTS[name])
+        half_way = 0.5 if name == "converted-5to1" else 0.0
+        planned = plan(size, replace(VARIANTS[name], convert_at=half_way))
         model, modules = new_model(planned, 0, CPU)
         steps = stepper(planned, Batches(size, corpus, 0, 6, CPU), model, modules)
         seen[name] = [round(text.item(), 5) for text, _ in steps]
