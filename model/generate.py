@@ -256,7 +256,7 @@ class Piece:
     prompt: PromptScores | None = None
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Row:
     """What one request has so far; `cached`, `top` and `prompt` as in `Generation`. An `error` of
     its constraint ends it. `versions` are pairs: from this id on, these weights."""

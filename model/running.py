@@ -26,6 +26,7 @@ from model.native.step import NativeModel
 from model.packed import PACKED_TOKENS, PackedModel
 from model.prefix_cache import BLOCK, Key, PrefixCache
 from model.reload import NewWeights
+from model.running_draft import NO_GUESSES, Counts, DraftOptions, Guessing, follow
 from model.sampling import uniforms
 from model.slots import JoinAttend, SlotAttend, SlotCache
 from model.step_inputs import StepInputs
@@ -85,9 +86,9 @@ class RunningBatch:
     `cache_tokens` bounds rows × columns of the key/value cache, `prefix_tokens` the prefix cache (0
     turns it off), `prefill_tokens` how many prompt tokens are read between two decode steps
     (`PREFILL_TOKENS` by default). New weights come through `load` only. With `native` the forward
-    pass is native code where there is any for this model; `path` says so, or why not. Raises
-    ModelError where `cache_tokens` does not hold one row as long as the context, or
-    `prefill_tokens` is below 1.
+    pass is native code where there is any for this model, and then `draft` makes it guess ahead;
+    `path` says so, or why not. Raises ModelError where `cache_tokens` does not hold one row as long
+    as the context, or `prefill_tokens` is below 1.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class RunningBatch:
         prefix_tokens: int = 32_768,
         prefill_tokens: int | None = None,
         native: bool = True,
+        draft: DraftOptions | None = None,
     ) -> None:
         self._engine, self.max_batch, self._cache_tokens = engine, max_batch, cache_tokens
         config, device, dtype = engine.model.config, engine.device, engine.model.dtype
@@ -119,6 +121,8 @@ class RunningBatch:
         self._captures = device.type == "cuda"
         self._native: NativeModel | None = None
         self._graph: SlotGraph | None = None
+        self._draft = draft
+        self._speculation: Guessing = NO_GUESSES
         self._prepare()
         reads = "native" if self._native is not None else device.type
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[reads]
@@ -151,7 +155,15 @@ class RunningBatch:
     @property
     def path(self) -> str:
         """How the forward pass is done, in one line."""
-        return "native code" if self._native is not None else f"torch ({self._no_native})"
+        if self._native is None:
+            return f"torch ({self._no_native})"
+        guesses = self._speculation.guesses
+        return "native code" + (f", {guesses} guesses a step" if guesses else self._no_guesses)
+
+    @property
+    def guessed(self) -> Counts:
+        """How guesses fared so far."""
+        return self._speculation.counts
 
     def check(self, request: GenRequest) -> None:
         """Raise ModelError for a request that cannot be served."""
@@ -162,7 +174,7 @@ class RunningBatch:
         so no row ever has to leave before its end. At least one joins an empty batch."""
         columns = self._most_columns()
         for n, request in enumerate(waiting):
-            columns = max(columns, _most(request))
+            columns = max(columns, self._most(request))
             rows = self.running + n + 1
             size = self._cache.rounded(rows, columns)
             if rows > self.max_batch or size[0] * size[1] > self._cache_tokens:
@@ -187,9 +199,13 @@ class RunningBatch:
         if not self._rows:
             return []
         rows = self._rows
-        id_B, ids, logprobs = self._draw()
-        drawn = zip(rows, ids, logprobs, strict=True)
-        ended = [row for row, id, logprob in drawn if row.add(id, logprob)]
+        if self._speculation.pending:
+            id_B = self._draw_guessed()
+            ended = [row for row in rows if row.finish is not None]
+        else:
+            id_B, ids, logprobs = self._draw()
+            drawn = zip(rows, ids, logprobs, strict=True)
+            ended = [row for row, id, logprob in drawn if row.add(id, logprob)]
         if ended:
             self._keep_prefixes(ended)
             order = self._leave(ended)
@@ -222,6 +238,7 @@ class RunningBatch:
         self._reading, self._begun = [], 0
         self._logits_BV = self._logits_BV[:0]
         self._inputs = None
+        self._speculation.drop()
 
     def load(self, source: Transformer | NewWeights | Any, version: int) -> None:
         """Use these weights: a model (not copied), or `NewWeights` or a checkpoint's folder, whose
@@ -250,7 +267,7 @@ class RunningBatch:
             self._lengths = [length - 1 for length in self._lengths]
             self._inputs = None
             with torch.inference_mode():
-                self._feed(last_B)
+                self._feed(last_B, guess=False)
 
     def _prepare(self) -> None:
         """What a forward pass needs besides the model; again after its weights have changed."""
@@ -269,6 +286,9 @@ class RunningBatch:
                 self._native, self._no_native = None, str(error)
         if self._native is None and PackedModel.suits(model):
             self._packed = PackedModel(model)
+        self._speculation, self._no_guesses = follow(
+            self._speculation, self._draft, self._native, model
+        )
 
     def _read(self, most: int) -> int:
         """One pass over the next tokens of prompts; returns how many, `most` at most."""
@@ -304,8 +324,9 @@ class RunningBatch:
             self._begun = pieces[-1].end
             if twins:
                 self._cache.move(slots[-1], slots[-1] + len(twins), self._begun)
-        for piece in whole:
+        for piece, x_TH in zip(whole, torch.split(x_MH, counts)[: len(whole)], strict=True):
             self._take(piece.row)
+            self._speculation.begin(piece.row, x_TH, piece.start)
         self._copy([read[_alike(row)].row for row in twins], twins)
         cut = [piece.row for piece in pieces if not piece.whole]
         self._reading = cut + [row for row in others if row not in set(twins)]
@@ -366,6 +387,7 @@ class RunningBatch:
             self._cache.move(slot, len(self._rows), self._lengths[slot])
             row.cached, row.prompt = self._lengths[slot], self._rows[slot].prompt
             self._take(row)
+            self._speculation.copy(self._rows[slot], row)
 
     def _take(self, row: Row) -> None:
         """A row whose prompt is whole writes from now on."""
@@ -375,6 +397,7 @@ class RunningBatch:
         self._lengths.append(len(request.prompt_ids))
         self._numbers.append(uniforms(request.seed, request.max_new_tokens).tolist())
         self._inputs = None
+        self._speculation.drop()
 
     def _draw(self) -> tuple[Tensor, list[int], list[float]]:
         """Each row's next token, there and here, and its log-prob; rows that want the likeliest are
@@ -395,9 +418,29 @@ class RunningBatch:
         ids, logprobs = torch.stack([id_B.double(), logp_B.double()]).tolist()
         return id_B, [int(id) for id in ids], logprobs
 
-    def _feed(self, id_B: Tensor) -> None:
-        """The rows' latest tokens in, logits of their next ones out."""
+    def _draw_guessed(self) -> Tensor:
+        """As many tokens a row as guesses stand, and one more; the newest of each."""
+        drawn = self._speculation.draw(self._rows)
+        self._inputs = None  # made for one token a step
+        for slot, (row, ids, logprobs) in enumerate(
+            zip(self._rows, drawn.ids, drawn.logprobs, strict=True)
+        ):
+            for id, logprob in zip(ids, logprobs, strict=True):
+                row.add(id, logprob)
+            self._lengths[slot] += len(ids) - 1
+        return drawn.newest_B
+
+    def _feed(self, id_B: Tensor, *, guess: bool = True) -> None:
+        """The rows' latest tokens in, and guesses behind them; logits of their next ones out."""
         longest = max(self._lengths)
+        speculation = self._speculation
+        if guess and speculation.wants(self._rows):
+            context = self._engine.model.config.max_position_embeddings
+            self._fit(len(self._rows), min(longest + 1 + speculation.guesses, context))
+            self._logits_BV = speculation.feed(self._rows, self._lengths, self._cache)
+            self._lengths = [length + 1 for length in self._lengths]
+            self._inputs = None
+            return
         self._fit(len(self._rows), longest + 1)
         column_B = self._current_inputs().column_B
         if self._graph is not None:
@@ -405,7 +448,8 @@ class RunningBatch:
         else:
             attend = SlotAttend(self._cache, column_B, longest + 1)
             if self._native is not None:
-                self._logits_BV = self._native.logits(id_B, column_B, attend)
+                hidden_BH, self._logits_BV = self._native.hidden_and_logits(id_B, column_B, attend)
+                speculation.fed(self._rows, hidden_BH, self._lengths)
             else:
                 forward = self._forward(len(id_B))
                 self._logits_BV = forward.head(forward.run(id_B, column_B, attend))
@@ -450,7 +494,12 @@ class RunningBatch:
 
     def _most_columns(self) -> int:
         """Columns that the longest row may come to fill."""
-        return max((_most(row.request) for row in (*self._rows, *self._reading)), default=0)
+        return max((self._most(row.request) for row in (*self._rows, *self._reading)), default=0)
+
+    def _most(self, request: GenRequest) -> int:
+        """Columns that a request may come to fill, with guesses that do not stand."""
+        most = len(request.prompt_ids) + request.max_new_tokens + self._speculation.guesses
+        return min(most, self._engine.model.config.max_position_embeddings)
 
     def _keep_prefixes(self, ended: Collection[Row]) -> None:
         """Replies too are beginnings of later prompts. Their last token was never fed."""
@@ -472,6 +521,8 @@ class RunningBatch:
             last = len(self._rows) - 1
             if slot != last:
                 self._cache.move(last, slot, self._lengths[last])
+                self._speculation.move(last, slot)
+            self._speculation.drop()
             for items in (self._rows, self._lengths, self._numbers, order):
                 _fill(items, slot)
             self._inputs = None
@@ -486,11 +537,6 @@ def _fill(items: list[Any], place: int) -> None:
     """The last item moves to `place`, over what was there."""
     items[place] = items[-1]
     items.pop()
-
-
-def _most(request: GenRequest) -> int:
-    """Columns that a request may come to fill."""
-    return len(request.prompt_ids) + request.max_new_tokens
 
 
 def _alike(row: Row) -> tuple[tuple[int, ...], bool, int]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model import vllm_serve
 from model.errors import ModelError
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             threads=options.threads,
             native=options.native == "auto",
+            draft=options.draft,
+            draft_tokens=options.draft_tokens,
+            draft_rule=options.draft_rule,
         )
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,6 +100,9 @@ def load_service(
     limits: Limits = Limits(),
     threads: int | None = None,
     native: bool = True,
+    draft: Path | None = None,
+    draft_tokens: int = 3,
+    draft_rule: Literal["match", "reject"] = "match",
 ) -> Service:
     """Loads a checkpoint folder and starts its engine. Raises `ModelError`.
 
@@ -107,6 +113,7 @@ def load_service(
         ("--prefix-cache-tokens", limits.prefix_tokens, 0),
         ("--prefill-tokens", 1 if limits.prefill_tokens is None else limits.prefill_tokens, 1),
         ("--threads", 1 if threads is None else threads, 1),
+        ("--draft-tokens", draft_tokens, 1),
     ):
         if value < least:
             raise ModelError(f"{option} is {value}; it must be ≥ {least}")
@@ -115,7 +122,9 @@ def load_service(
     from model.batching import Batcher
     from model.checkpoint import load_model
     from model.generate import Engine
+    from model.mtp_files import load_mtp
     from model.running import RunningBatch
+    from model.running_draft import DraftOptions
     from model.service import Service
     from model.tokenizer import Tokenizer
 
@@ -135,6 +144,9 @@ def load_service(
             f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens but the model {width}; "
             "the folder mixes two checkpoints"
         )
+    guess = None
+    if draft is not None:
+        guess = DraftOptions(load_mtp(draft, device=device), draft_tokens, rule=draft_rule)
     running = RunningBatch(
         Engine(model, device=device, max_batch=limits.max_batch),
         max_batch=limits.max_batch,
@@ -142,6 +154,7 @@ def load_service(
         prefix_tokens=limits.prefix_tokens,
         prefill_tokens=limits.prefill_tokens,
         native=native,
+        draft=guess,
     )
     print(f"forward pass: {running.path}", file=sys.stderr, flush=True)
     return Service(
@@ -203,6 +216,14 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: code compiled for this processor where a C compiler and the model allow it",
     )
     add("--control", action="store_true", help="routes that pause and load; loopback hosts only")
+    add("--draft", type=Path, default=None, help="folder of mtp.safetensors to guess tokens with")
+    add("--draft-tokens", type=int, default=3, help="guesses a step")
+    add(
+        "--draft-rule",
+        default="match",
+        choices=["match", "reject"],
+        help="match: the same replies as without; reject: more guesses stand, samples differ",
+    )
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="no access log")
     add("--engine", default="own", choices=["own", "vllm"])

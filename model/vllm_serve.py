@@ -271,7 +271,7 @@ def _run(
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: received.append(number))
-    for option, default in (("max_queue", 512), ("native", "auto")):
+    for option, default in (("max_queue", 512), ("native", "auto"), ("draft", None)):
         if getattr(options, option) != default:
             name = option.replace("_", "-")
             print(f"note: vLLM has nothing like --{name}; it is not applied", file=sys.stderr)
