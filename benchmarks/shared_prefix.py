@@ -30,10 +30,10 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from rl.envs.mle.grammar import sample_script
 from rl.envs.mle.prompts import task_messages
-from scripts.nano.agent_dialogues import dialogue
+from scripts.nano.agent_dialogues import dialogue, read_lines
 
 NANO = ROOT / "model" / "checkpoints" / "nano"
-DIGESTS = ROOT / "scripts" / "nano" / "data" / "agent_train.jsonl"
+DIGESTS = ROOT / "scripts" / "nano" / "data" / "agent_train.jsonl.xz"
 GROUP, DIALOGUES = 8, 20
 
 Rows = Sequence[tuple[list[int], list[int]]]
@@ -54,7 +54,7 @@ def groups(tokenizer: Tokenizer, rng: random.Random) -> Rows:
 def dialogues(tokenizer: Tokenizer, rng: random.Random) -> Rows:
     """The last decision of dialogues over real digests."""
     rows = []
-    for line in DIGESTS.read_text().splitlines()[:DIALOGUES]:
+    for line in read_lines(DIGESTS)[:DIALOGUES]:
         made = dialogue(json.loads(line), rng)
         messages, tools = made["messages"], made["tools"]
         prompt = render_ids(messages[:-1], tools, tokenizer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,12 @@ def dialogue(
     return {"messages": [*messages, decision], "tools": AGENT_TOOLS}
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, packed with xz or not."""
+    raw = path.read_bytes()
+    return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode().splitlines()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("examples", type=Path, nargs="+")
@@ -114,9 +121,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    examples = [
-        json.loads(line) for path in args.examples for line in path.read_text().splitlines()
-    ]
+    examples = [json.loads(line) for path in args.examples for line in read_lines(path)]
     rng = random.Random(args.seed)
     made = [
         dialogue(example, rng, args.opening_share)
