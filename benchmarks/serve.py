@@ -10,6 +10,9 @@ median of the paired ratios (the target is ≥ 2).
 `vs_hf_cpu_32` compares tokens a CPU-second (server and peer on one thread each), which hardly
 depends on what else the machine does.
 
+Speculation: two of our servers in turns, one with `--draft` (rule "match"). `draft_tok_s_N` beside
+`plain_tok_s_N`, N requests at once; from nine running requests on a server does not guess.
+
 vLLM (`make setup-vllm`): see `benchmarks.serve_vllm`; `vs_vllm_cpu_32` has the target ≥ 1.5.
 
 Load: 2,000 requests in waves of 400 against 64 slots and a queue of 256. Of each wave some leave in
@@ -191,6 +194,37 @@ def measure_speed(repeats: int, native: str) -> tuple[dict[str, float], list[dic
     return figures, rows
 
 
+def measure_speculation(repeats: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures and rows of the same requests with and without guesses."""
+    asked = prompts(Tokenizer.load(NANO))
+    options = ["--prefix-cache-tokens", "0", "--threads", "1"]
+
+    async def turns(servers: dict[str, Server]) -> list[dict[str, Any]]:
+        rows = []
+        limits = httpx.Limits(max_connections=ROWS, keepalive_expiry=0.5)
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
+            for running in servers.values():
+                await ours(client, running.url, asked)
+            for _ in range(repeats):
+                for n in (1, 8, ROWS):
+                    for name, running in servers.items():
+                        speed = await ours(client, running.url, asked[:n])
+                        row = {"part": "speculation", "server": name, "requests": n}
+                        rows.append(row | {"tok_s": speed})
+        return rows
+
+    with server(*options) as plain, server(*options, "--draft", str(NANO)) as draft:
+        rows = asyncio.run(turns({"plain": plain, "draft": draft}))
+    figures = {
+        f"{name}_tok_s_{n}": statistics.median(
+            row["tok_s"] for row in rows if (row["server"], row["requests"]) == (name, n)
+        )
+        for name in ("plain", "draft")
+        for n in (1, 8, ROWS)
+    }
+    return figures, rows
+
+
 # ---------------------------------------------------------------- load
 
 
@@ -277,13 +311,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of the load part")
     parser.add_argument("--native", choices=["auto", "off"], default="auto", help="speed part")
-    parser.add_argument("--only", choices=["speed", "vllm", "load"], default=None)
+    parser.add_argument("--only", choices=["speed", "speculation", "vllm", "load"], default=None)
     options = parser.parse_args(arguments)
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     try:
         if options.only in (None, "speed"):
             more, made = measure_speed(options.repeats, options.native)
+            figures, rows = figures | more, rows + made
+        if options.only in (None, "speculation"):
+            more, made = measure_speculation(options.repeats)
             figures, rows = figures | more, rows + made
         if options.only in (None, "vllm"):
             more, made = measure_vllm(options.repeats)
