@@ -1,0 +1,324 @@
+"""The data pool: every call and every reward of a run, append-only (M2 report §6.2.2, Fig. 4).
+
+SQLite by path, PostgreSQL by URL (`postgresql://…`, extra `postgres`). A record is written in one
+transaction and never changed: triggers refuse it. Each carries the SHA-256 of its content, so that
+a damaged file is noticed (`verify`); token ids and log-probs are stored as the exact numbers. With
+the records alone a run's updates can be computed again, without engine or environment.
+
+`python -m rl.pool stats|export|verify POOL`. Exit codes: 0, 2 unusable argument, 3 damaged records.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+from rl.errors import ConfigError, InfraError
+from rl.types import CallRecord, RewardRecord
+
+BUSY_S = 30.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+  id {serial}, episode TEXT NOT NULL, member INTEGER NOT NULL, prompt {blob} NOT NULL,
+  response {blob} NOT NULL, logprobs {blob} NOT NULL, meta TEXT NOT NULL, digest TEXT NOT NULL,
+  UNIQUE (episode, member));
+CREATE TABLE IF NOT EXISTS rewards (
+  id {serial}, episode TEXT NOT NULL UNIQUE, meta TEXT NOT NULL, digest TEXT NOT NULL)
+"""
+_SQLITE_GUARDS = """
+CREATE TRIGGER IF NOT EXISTS {table}_{verb} BEFORE {verb} ON {table}
+BEGIN SELECT RAISE(ABORT, 'the pool is append-only'); END
+"""
+
+
+class Connection(Protocol):
+    """What is used of a database connection (DB-API)."""
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any: ...
+
+    def commit(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts of a pool, and what is wrong with it."""
+
+    calls: int
+    rewards: int
+    episodes: int
+    response_tokens: int
+    statuses: dict[str, int]
+    damaged: tuple[str, ...]
+
+
+class Pool:
+    """Thread-safe; several processes may write to one pool. `InfraError` when it cannot be used."""
+
+    def __init__(self, url: str | Path, *, create: bool = True) -> None:
+        self.url = str(url)
+        self._lock = threading.Lock()
+        self._postgres = self.url.startswith(("postgresql://", "postgres://"))
+        if not create and not self._postgres and not Path(self.url).is_file():
+            raise ConfigError(f"{self.url}: no such pool; name the file that a run has written")
+        with self._reported():
+            self._db: Connection = self._open()
+            kinds = {"serial": "INTEGER PRIMARY KEY", "blob": "BLOB"}
+            if self._postgres:
+                kinds = {"serial": "BIGSERIAL PRIMARY KEY", "blob": "BYTEA"}
+            for statement in _SCHEMA.format(**kinds).split(";\n"):
+                self._db.execute(statement)
+            if not self._postgres:
+                for table in ("calls", "rewards"):
+                    for verb in ("UPDATE", "DELETE"):
+                        self._db.execute(_SQLITE_GUARDS.format(table=table, verb=verb))
+            self._db.commit()
+
+    def _open(self) -> Connection:
+        if self._postgres:
+            try:
+                import psycopg
+            except ImportError:
+                raise ConfigError(
+                    f"{self.url}: PostgreSQL needs the package psycopg; install selfevo[postgres]"
+                ) from None
+            return cast(Connection, psycopg.connect(self.url, connect_timeout=int(BUSY_S)))
+        db = sqlite3.connect(self.url, timeout=BUSY_S, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the process or machine
+        return db
+
+    # ---------------------------------------------------------- writing
+
+    def add_call(self, call: CallRecord) -> None:
+        """Append one call. InfraError if the pool has another one of this episode and index."""
+        row = _call_row(call)
+        self._insert(
+            "INSERT INTO calls (episode, member, prompt, response, logprobs, meta, digest) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (call.episode, call.index, *row, _digest(call.episode, call.index, *row)),
+        )
+
+    def add_reward(self, reward: RewardRecord) -> None:
+        """Append an episode's reward: the episode is then complete."""
+        meta = json.dumps(
+            {
+                "outcome": reward.outcome,
+                "process": reward.process,
+                "t_wall": reward.t_wall,
+                "t_tool": reward.t_tool,
+                "status": reward.status,
+            }
+        )
+        self._insert(
+            "INSERT INTO rewards (episode, meta, digest) VALUES (?, ?, ?)",
+            (reward.episode, meta, _digest(reward.episode, meta)),
+        )
+
+    def _insert(self, sql: str, values: Sequence[Any]) -> None:
+        with self._lock, self._reported():
+            try:
+                self._db.execute(self._sql(sql), values)
+                self._db.commit()
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    # ---------------------------------------------------------- reading
+
+    def calls(self, episode: str) -> list[CallRecord]:
+        """The calls of an episode in order."""
+        return list(self._calls("WHERE episode = ? ORDER BY member", (episode,)))
+
+    def all_calls(self) -> Iterator[CallRecord]:
+        """Every call, in the order of writing."""
+        return self._calls("ORDER BY id", ())
+
+    def reward(self, episode: str) -> RewardRecord | None:
+        """An episode's reward, or None while it runs (or was never finished)."""
+        found = self._select("SELECT episode, meta FROM rewards WHERE episode = ?", (episode,))
+        return _reward(*found[0]) if found else None
+
+    def rewards(self) -> list[RewardRecord]:
+        """Every reward, in the order of writing."""
+        rows = self._select("SELECT episode, meta FROM rewards ORDER BY id", ())
+        return [_reward(*row) for row in rows]
+
+    def stats(self) -> Stats:
+        """Counts, and the records whose content is not what was written."""
+        damaged: list[str] = []
+        statuses: dict[str, int] = {}
+        episodes: set[str] = set()
+        calls = tokens = rewards = 0
+        columns = "episode, member, prompt, response, logprobs, meta, digest"
+        for *values, digest in self._select(f"SELECT {columns} FROM calls ORDER BY id", ()):
+            calls += 1
+            tokens += len(values[3]) // 4
+            episodes.add(values[0])
+            if _digest(*values) != digest or len(values[3]) * 2 != len(values[4]):
+                damaged.append(f"call {values[1]} of {values[0]}")
+        for episode, meta, digest in self._select("SELECT episode, meta, digest FROM rewards", ()):
+            rewards += 1
+            episodes.add(episode)
+            if _digest(episode, meta) != digest:
+                damaged.append(f"reward of {episode}")
+                continue
+            status = json.loads(meta)["status"]
+            statuses[status] = statuses.get(status, 0) + 1
+        return Stats(calls, rewards, len(episodes), tokens, statuses, tuple(damaged))
+
+    def _calls(self, where: str, values: Sequence[Any]) -> Iterator[CallRecord]:
+        columns = "episode, member, prompt, response, logprobs, meta"
+        for row in self._select(f"SELECT {columns} FROM calls {where}", values):
+            yield _call(*row)
+
+    def _select(self, sql: str, values: Sequence[Any]) -> list[Any]:
+        with self._lock, self._reported():
+            return list(self._db.execute(self._sql(sql), values).fetchall())
+
+    # ---------------------------------------------------------- small things
+
+    def _sql(self, text: str) -> str:
+        return text.replace("?", "%s") if self._postgres else text
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InfraError(
+                f"{self.url}: {error}; check the disk and that the file is a pool"
+            ) from error
+        except Exception as error:
+            if self._postgres and type(error).__module__.startswith("psycopg"):
+                reason = " ".join(str(error).split())
+                raise InfraError(f"the pool's database: {reason}; check its URL") from error
+            raise
+
+    def close(self) -> None:
+        """Let go of the database."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _call_row(call: CallRecord) -> tuple[bytes, bytes, bytes, str]:
+    if len(call.logprobs) != len(call.response_ids):
+        raise ValueError(
+            f"call {call.index} of {call.episode}: {len(call.response_ids)} ids but "
+            f"{len(call.logprobs)} log-probs"
+        )
+    meta = {
+        "group": call.group,
+        "versions": call.versions,
+        "finish_reason": call.finish_reason,
+        "t_start": call.t_start,
+        "t_end": call.t_end,
+        "temperature": call.temperature,
+        "constrained": call.constrained,
+        "tokenizer_hash": call.tokenizer_hash,
+        "routed_experts": call.routed_experts,
+    }
+    ids = (array("i", call.prompt_ids).tobytes(), array("i", call.response_ids).tobytes())
+    return (*ids, array("d", call.logprobs).tobytes(), json.dumps(meta))
+
+
+def _call(
+    episode: str, index: int, prompt: bytes, response: bytes, logprobs: bytes, meta: str
+) -> CallRecord:
+    found = json.loads(meta)
+    routed = found["routed_experts"]
+    return CallRecord(
+        episode=episode,
+        group=found["group"],
+        index=index,
+        prompt_ids=tuple(array("i", bytes(prompt))),
+        response_ids=tuple(array("i", bytes(response))),
+        logprobs=tuple(array("d", bytes(logprobs))),
+        versions=tuple((a, b, version) for a, b, version in found["versions"]),
+        finish_reason=found["finish_reason"],
+        t_start=found["t_start"],
+        t_end=found["t_end"],
+        temperature=found["temperature"],
+        constrained=found["constrained"],
+        tokenizer_hash=found["tokenizer_hash"],
+        routed_experts=None if routed is None else tuple(tuple(row) for row in routed),
+    )
+
+
+def _reward(episode: str, meta: str) -> RewardRecord:
+    found = json.loads(meta)
+    process = tuple((int(index), float(value)) for index, value in found.pop("process"))
+    return RewardRecord(episode=episode, process=process, **found)
+
+
+def _digest(*values: Any) -> str:
+    whole = hashlib.sha256()
+    for value in values:
+        part = bytes(value) if isinstance(value, bytes | memoryview) else str(value).encode()
+        whole.update(len(part).to_bytes(8, "big") + part)
+    return whole.hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m rl.pool", description=__doc__)
+    parser.add_argument("what", choices=["stats", "export", "verify"])
+    parser.add_argument("pool", help="file or postgresql:// URL")
+    options = parser.parse_args(arguments)
+    try:
+        with closing(Pool(options.pool, create=False)) as pool:
+            return _command(pool, options.what)
+    except (ConfigError, InfraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _command(pool: Pool, what: str) -> int:
+    from dataclasses import asdict
+
+    if what == "export":
+        for call in pool.all_calls():
+            print(json.dumps({"kind": "call", **asdict(call)}))
+        for reward in pool.rewards():
+            print(json.dumps({"kind": "reward", **asdict(reward)}))
+        return 0
+    stats = pool.stats()
+    if what == "stats":
+        print(json.dumps(asdict(stats)))
+        return 0
+    for name in stats.damaged:
+        print(f"damaged: {name}")
+    print(f"{stats.calls} calls and {stats.rewards} rewards, {len(stats.damaged)} damaged")
+    return 3 if stats.damaged else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
