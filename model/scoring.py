@@ -68,7 +68,7 @@ def score_tokens(
         scale_n1 = temperature.to(x_nH.device)[row_n, None]
     else:
         scale_n1 = torch.full((1, 1), temperature, device=x_nH.device)
-    logp_n, entropy_n = _score(model, x_nH, ids_BT[row_n, column_n], scale_n1)
+    logp_n, entropy_n = score_hidden(model, x_nH, ids_BT[row_n, column_n], scale_n1)
     zeros_BT = logp_n.new_zeros(batch, time)
     place = (row_n, column_n)
     return TokenScores(zeros_BT.index_put(place, logp_n), zeros_BT.index_put(place, entropy_n))
@@ -81,9 +81,12 @@ def token_logprobs(
     return score_tokens(model, ids_BT, lengths_B, temperature=temperature).logp_BT
 
 
-def _score(
+def score_hidden(
     model: Transformer, x_nH: Tensor, target_n: Tensor, scale_n1: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """log p(target) and, without gradient, the entropy (both n) after normed hidden states;
+    `scale_n1` is the temperature, one number or one a token."""
+
     def piece(x: Tensor, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         logp_nV = F.log_softmax(model.head(x) / scale, dim=-1)
         with torch.no_grad():

@@ -1,0 +1,42 @@
+"""Log-probs of all calls of a prefix tree from one forward pass.
+
+Shapes: M packed tokens, n trained tokens, u distinct (predictor, target) pairs, H hidden size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.moe import RoutingTape
+from model.scoring import score_hidden
+from model.transformer import Transformer
+from model.visible import Visibility, VisibleAttend
+from rl.prefix_tree import Pack
+
+
+def score_pack(
+    model: Transformer, pack: Pack, temperature: float, tape: RoutingTape | None = None
+) -> tuple[Tensor, Tensor]:
+    """log π of every trained token, differentiably, and the entropy it was drawn from (both n,
+    call after call, as the pack lists them).
+
+    The output head is computed once for each distinct pair of predictor and target: a token that
+    several calls sampled after the same prefix is one row of it, gathered several times.
+    """
+    device = model.device
+    ids_M, depth_M, tout_M = (
+        torch.from_numpy(x).to(device) for x in (pack.ids_M, pack.depth_M, pack.tout_M)
+    )
+    attend = VisibleAttend(Visibility(tout_M, depth_M), model.config)
+    x_MH = model.run(ids_M, depth_M, attend, tape)
+    pair_u, which_n = np.unique(
+        pack.predictor_n * model.config.vocab_size + pack.target_n, return_inverse=True
+    )
+    predictor_u, target_u = np.divmod(pair_u, model.config.vocab_size)
+    x_uH = x_MH.index_select(0, torch.from_numpy(predictor_u).to(device))
+    scale = torch.full((1, 1), temperature, device=device, dtype=x_uH.dtype)
+    logp_u, entropy_u = score_hidden(model, x_uH, torch.from_numpy(target_u).to(device), scale)
+    which = torch.from_numpy(which_n).to(device)
+    return logp_u.index_select(0, which), entropy_u.index_select(0, which)
