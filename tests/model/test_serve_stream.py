@@ -1,6 +1,7 @@
 """Streams say what whole answers say, as it is written."""
 
 import json
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -123,14 +124,15 @@ def test_a_streamed_chat_is_the_whole_one(served: Served, more: dict[str, Any]) 
 
 def test_tokens_come_as_they_are_written(served: Served) -> None:
     body = {"prompt": "say", "max_tokens": 50, "ignore_eos": True, "stream": True}
+    served.runner.pace = pace = threading.Semaphore(2)  # steps until the reply stands still
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
-        assert next(line for line in lines if line).startswith("data: {")
-        served.runner.gate.clear()  # the reply stands still, and what was written has been sent
         try:
+            assert next(line for line in lines if line).startswith("data: {")
             assert served.health()["running"] == 1
         finally:
-            served.runner.gate.set()
+            served.runner.pace = None
+            pace.release()
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
