@@ -45,11 +45,7 @@ def check_checkpoint(directory: Path | str) -> None:
 def check_tokenizer(directory: Path, config: ModelConfig) -> None:
     """Raise ModelError if the folder's tokenizer is missing or is that of another model."""
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"{config.vocab_size}; the folder mixes two checkpoints"
-        )
+    check_vocabulary(directory, tokenizer, config)
     marks = (("pad", PAD, tokenizer.pad_id), ("bos", BOS, tokenizer.bos_id))
     for name, token, held in (*marks, ("eos", EOS, tokenizer.eos_id)):
         wanted = getattr(config, f"{name}_token_id")
@@ -58,6 +54,15 @@ def check_tokenizer(directory: Path, config: ModelConfig) -> None:
                 f"{directory}: {name}_token_id is {wanted} in {CONFIG_NAME}, but the tokenizer's "
                 f"{token} is {held}; the folder mixes two checkpoints"
             )
+
+
+def check_vocabulary(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise CheckpointError if the model lacks rows for tokens of the folder's tokenizer."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"{config.vocab_size}; the folder mixes two checkpoints"
+        )
 
 
 def last_whole(

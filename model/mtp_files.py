@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.layout import open_shard
 from model.mtp import MTP
+from model.shards import fsync
 
 WEIGHTS_NAME, SIZES_NAME = "mtp.safetensors", "mtp.json"
 _SHOWN = 8  # names at most in an error
@@ -136,9 +137,5 @@ def _sizes(path: Path) -> tuple[ModelConfig, int]:
 
 def _into_place(part: Path, target: Path) -> None:
     """Flush to disk and rename."""
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(part)
     part.replace(target)

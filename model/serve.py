@@ -122,6 +122,7 @@ def load_service(
     from model.batching import Batcher
     from model.checkpoint import load_model
     from model.generate import Engine
+    from model.layout import check_vocabulary
     from model.mtp_files import load_mtp
     from model.running import RunningBatch
     from model.running_draft import DraftOptions
@@ -138,12 +139,7 @@ def load_service(
         torch.set_num_threads(threads)
     elif model.config.hidden_size < SMALL_HIDDEN and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    width = model.config.vocab_size
-    if tokenizer.vocab_size > width:
-        raise ModelError(
-            f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} tokens but the model {width}; "
-            "the folder mixes two checkpoints"
-        )
+    check_vocabulary(checkpoint, tokenizer, model.config)
     guess = None
     if draft is not None:
         guess = DraftOptions(load_mtp(draft, device=device), draft_tokens, rule=draft_rule)
@@ -162,7 +158,7 @@ def load_service(
         tokenizer=tokenizer,
         batcher=Batcher(running, max_batch=limits.max_batch, max_queue=limits.max_queue),
         context=model.config.max_position_embeddings,
-        vocab_size=width,
+        vocab_size=model.config.vocab_size,
         like=model,
     )
 

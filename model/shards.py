@@ -94,7 +94,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            fsync(path)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -180,7 +180,8 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -193,14 +194,14 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     file system cannot do that."""
     if not target.exists():
         temporary.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
         return
     aside = temporary
     if not _exchange(temporary, target):
         aside = temporary.with_name(temporary.name.replace(".tmp-", ".old-"))
         target.rename(aside)
         temporary.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from model.checkpoint import save_checkpoint
 from model.scoring import TokenScores, score_tokens
 from model.transformer import Transformer
-from rl.cispo import CispoTerms, cispo_terms
+from rl.cispo import cispo_terms
 from rl.config import OptimSection
 from rl.errors import CheckpointStateError, DivergedError
 from rl.masters import MasterAdamW
+from rl.objectives import Terms
 
 MAX_NONFINITE_SHARE = 0.10
 MAX_WEIGHT = 1e6
@@ -317,7 +318,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def _stats(
-    terms: Sequence[CispoTerms], norm: float, denominator: int, nonfinite: int, entropy: float
+    terms: Sequence[Terms], norm: float, denominator: int, nonfinite: int, entropy: float
 ) -> UpdateStats:
     return UpdateStats(
         loss=sum(float(t.loss.detach()) for t in terms),

@@ -11,7 +11,7 @@ from model.checkpoint import load_model, save_checkpoint
 PHASES = {
     "second shard": (shards, "save_file", 2),
     "index": (shards, "_write_json", 2),
-    "flush": (shards, "_fsync", 3),
+    "flush": (shards, "fsync", 3),
     "renaming": (shards, "_put_in_place", 1),
     "swap": (shards, "_exchange", 1),
     "cleaning": (shards.shutil, "rmtree", 1),
