@@ -166,3 +166,11 @@ class Env(Protocol):
     """Runs one attempt; talks to the model only through `client`; raises only on broken code."""
 
     def run(self, task: Task, client: ChatClient) -> Episode: ...
+
+
+class AgentEnv(Protocol):
+    """Runs one attempt of an agent that we did not write: it talks to an OpenAI or Anthropic
+    `base_url` and knows nothing of training. The gateway behind the URL records its calls; what
+    comes back is the reward alone (`task.episode` names it). Raises only on broken code."""
+
+    def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord: ...
