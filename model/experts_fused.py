@@ -20,9 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SORT_BLOCK = 128  # pairs that one program ranks against each other
-_TILE = 8192  # elements that one program of a memory-bound kernel holds
+SORT_BLOCK = 256  # pairs that one program ranks against each other
 KEPT_BYTES = 1 << 30  # rows of tokens up to this size are kept for the backward pass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a memory-bound kernel holds at most, and its warps."""
+
+    elements: int
+    columns: int
+    warps: int
+
+    def of(self, width: int) -> tuple[int, int]:
+        """Rows and columns of a tile of a matrix of this width."""
+        columns = width & -width  # the largest power of two in it: then no lane is idle
+        if columns < 128:
+            columns = _power_of_two(width)
+        columns = min(columns, self.columns)
+        return max(self.elements // columns, 1), columns
+
+
+# Swept on one H100 over the layer of the released model; docs/experts.md.
+GATHER = Tile(1024, 256, 4)
+COMBINE = Tile(1024, 1024, 8)
+SWIGLU = Tile(512, 512, 4)
+SWIGLU_BACKWARD = Tile(1024, 512, 8)
 
 
 @lru_cache(maxsize=1)
@@ -132,10 +155,10 @@ def gather(x_MH: Tensor, rows: Rows) -> Tensor:
 
     count, hidden = len(rows.pair_R), x_MH.shape[1]
     out_RH = x_MH.new_empty(count, hidden)
-    tall, wide = _tile(hidden)
+    tall, wide = GATHER.of(hidden)
     grid = (-(-count // tall), -(-hidden // wide))
     sizes = {"TOP_K": rows.top_k, "ROWS": tall, "COLS": wide}
-    gather_kernel[grid](x_MH, rows.pair_R, out_RH, count, hidden, **sizes, num_warps=8)
+    gather_kernel[grid](x_MH, rows.pair_R, out_RH, count, hidden, **sizes, num_warps=GATHER.warps)
     return out_RH
 
 
@@ -145,10 +168,12 @@ def combine(y_RH: Tensor, rows: Rows) -> Tensor:
 
     tokens, hidden = len(rows.slot_P) // rows.top_k, y_RH.shape[1]
     out_MH = y_RH.new_empty(tokens, hidden)
-    tall, wide = _tile(hidden, _TILE // 2)
+    tall, wide = COMBINE.of(hidden)
     grid = (-(-tokens // tall), -(-hidden // wide))
     sizes = {"TOP_K": rows.top_k, "TOKENS": tall, "COLS": wide}
-    combine_kernel[grid](y_RH, rows.slot_P, out_MH, tokens, hidden, **sizes, num_warps=8)
+    combine_kernel[grid](
+        y_RH, rows.slot_P, out_MH, tokens, hidden, **sizes, num_warps=COMBINE.warps
+    )
     return out_MH
 
 
@@ -158,10 +183,12 @@ def swiglu(up_RO: Tensor, weights_Mk: Tensor, rows: Rows) -> Tensor:
 
     count, width = len(up_RO), up_RO.shape[1] // 2
     h_RI = up_RO.new_empty(count, width)
-    tall, wide = _tile(width, _TILE // 2)
+    tall, wide = SWIGLU.of(width)
     grid = (-(-count // tall), -(-width // wide))
     sizes = {"ROWS": tall, "COLS": wide}
-    swiglu_kernel[grid](up_RO, weights_Mk, rows.pair_R, h_RI, count, width, **sizes, num_warps=8)
+    swiglu_kernel[grid](
+        up_RO, weights_Mk, rows.pair_R, h_RI, count, width, **sizes, num_warps=SWIGLU.warps
+    )
     return h_RI
 
 
@@ -174,7 +201,7 @@ def swiglu_backward(
     count, width = grad_RI.shape
     grad_up_RO, h_RI = torch.empty_like(up_RO), torch.empty_like(grad_RI)
     grad_weights_Mk = torch.empty_like(weights_Mk)
-    tall, wide = _tile(width, _TILE // 2)
+    tall, wide = SWIGLU_BACKWARD.of(width)
     sizes = {"ROWS": tall, "COLS": wide}
     swiglu_backward_kernel[(-(-count // tall),)](
         up_RO,
@@ -187,7 +214,7 @@ def swiglu_backward(
         count,
         width,
         **sizes,
-        num_warps=8,
+        num_warps=SWIGLU_BACKWARD.warps,
     )
     return grad_up_RO, grad_weights_Mk, h_RI
 
@@ -195,11 +222,3 @@ def swiglu_backward(
 def _power_of_two(size: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-def _tile(width: int, elements: int = _TILE) -> tuple[int, int]:
-    """Rows and columns that one program holds of a matrix of this width."""
-    columns = width & -width  # the largest power of two in it: then no lane is idle
-    if not 128 <= columns <= 1024:
-        columns = min(_power_of_two(width), 1024)
-    return max(elements // columns, 1), columns
