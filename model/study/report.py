@@ -15,7 +15,7 @@ import numpy as np
 from model.errors import ModelError
 from model.study.log import Line
 from model.study.probes import REACHES, TASKS
-from model.study.statistics import Interval, package_interval, t_interval
+from model.study.statistics import Interval, package_interval, share_interval, t_interval
 from model.study.variants import STUDIES, VARIANTS
 
 EQUAL_NATS = 0.02
@@ -24,6 +24,8 @@ WORSE_SHARE = 0.05
 """An accuracy lower by at least this much counts as worse."""
 LEARNT = 0.2
 """A task counts as learnt if the baseline answers this share at up to one window."""
+MASTERED = 0.9
+"""A seed counts as answering far away if it answers this share there, mean over the tasks."""
 FAR = (3, 4)
 """Classes of distance that count as long: 4–8 and 8–16 windows."""
 
@@ -89,6 +91,8 @@ def _study(study: str, names: Sequence[str], runs: Runs) -> Iterable[str]:
     yield _table((*columns, *extra), rows)
     if study == "attention":
         yield from _by_distance(names, runs)
+        yield "Retrieval is learnt all or nothing. Seeds that learnt it beyond 4 windows:"
+        yield _table(("variant", "seeds", "share (%)"), [_far_row(n, runs) for n in names])
         yield "Verdict by the rules above:"
         yield "\n".join(f"- `{name}`: {verdict(name, runs)}" for name in names[1:])
     else:
@@ -126,17 +130,8 @@ class Finding:
 def finding(name: str, runs: Runs) -> Finding:
     """Differences to full attention; far accuracy is the mean over the tasks that it learnt."""
     base = runs[STUDIES["attention"][0]]
-    learnt = tuple(
-        task
-        for task in TASKS
-        if fmean([*_values(base, _task_measure(task, [0])).values()] or [0.0]) >= LEARNT
-    )
-
-    def far(line: Line) -> float | None:
-        found = [_task_measure(task, FAR)(line) for task in learnt]
-        known = [value for value in found if value is not None]
-        return fmean(known) if known else None
-
+    learnt = _learnt(base)
+    far = _far(learnt)
     return Finding(_difference(runs[name], base, _loss), _difference(runs[name], base, far), learnt)
 
 
@@ -203,6 +198,23 @@ def _task_measure(task: str, classes: Iterable[int]) -> Measure:
     return measure
 
 
+def _learnt(base: dict[int, Line]) -> tuple[str, ...]:
+    """Tasks that the baseline answers within one window."""
+    near = {task: _values(base, _task_measure(task, [0])) for task in TASKS}
+    return tuple(task for task in TASKS if fmean([*near[task].values()] or [0.0]) >= LEARNT)
+
+
+def _far(tasks: Sequence[str]) -> Measure:
+    """Accuracy beyond 4 windows, mean over tasks."""
+
+    def measure(line: Line) -> float | None:
+        found = [_task_measure(task, FAR)(line) for task in tasks]
+        known = [value for value in found if value is not None]
+        return fmean(known) if known else None
+
+    return measure
+
+
 def _first_module(line: Line) -> float | None:
     return float(line["modules"][0]) if line["modules"] else None
 
@@ -231,6 +243,16 @@ def _cost_row(name: str, runs: dict[int, Line]) -> list[str]:
         f"{line['flops'] / 1e15:.3g}",
         ", ".join(str(seed) for seed in sorted(runs)),
     ]
+
+
+def _far_row(name: str, runs: Runs) -> list[str]:
+    found = _values(runs[name], _far(_learnt(runs[STUDIES["attention"][0]])))
+    if not found:
+        return [f"`{name}`", "–", "–"]
+    hits = sum(value >= MASTERED for value in found.values())
+    share = share_interval(hits, len(found))
+    text = f"{100 * share.mean:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+    return [f"`{name}`", f"{hits} of {len(found)}", text]
 
 
 def _loss_row(name: str, first: str, runs: Runs) -> list[str]:

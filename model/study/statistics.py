@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 # 97.5 % points of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_Z = 1.96
 _RESAMPLES = 4000
 
 
@@ -35,6 +36,14 @@ def t_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, nan, nan)
     half = _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(hits: int, count: int) -> Interval:
+    """Share of runs of which something holds, and Wilson's 95 % interval for it."""
+    share, z2 = hits / count, _Z * _Z
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def package_interval(

@@ -9,7 +9,7 @@ from model.errors import ModelError
 from model.study.__main__ import main
 from model.study.log import append, read_log
 from model.study.report import BEGIN, END, tables, verdict, write_into
-from model.study.statistics import package_interval, t_interval
+from model.study.statistics import package_interval, share_interval, t_interval
 from model.study.variants import STUDIES
 from tests.model.study_helpers import make_line
 
@@ -32,6 +32,22 @@ def test_students_interval_of_three_seeds() -> None:
     found = t_interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.high - found.mean == pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert np.isnan(t_interval([1.0]).low)
+
+
+def test_wilsons_interval_of_a_share() -> None:
+    found = share_interval(5, 6)
+    for share in (found.low, found.high):  # its ends are where the score test gives z
+        error = (share * (1 - share) / 6) ** 0.5
+        assert abs(found.mean - share) / error == pytest.approx(1.96, abs=1e-6)
+    assert share_interval(0, 3).low == 0 and share_interval(3, 3).high == 1
+
+
+def test_seeds_that_learnt_to_look_far_are_counted() -> None:
+    lines = [make_line("base", seed, far=0.95) for seed in range(3)]
+    lines += [make_line("hybrid-5to1", seed, far=(0.95, 0.2, 0.93)[seed]) for seed in range(3)]
+    text = tables(lines)
+    assert "| `base` | 3 of 3 | 100 [44, 100] |" in text
+    assert "| `hybrid-5to1` | 2 of 3 | 67 [21, 94] |" in text
 
 
 def test_packages_are_resampled_as_wholes() -> None:
