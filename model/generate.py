@@ -7,6 +7,7 @@ is read once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,8 @@ class GenRequest:
 
     Generation stops at an id of `stop_ids` (which is returned) or after `max_new_tokens`. Only a
     running batch gives `top_logprobs` (that many of the likeliest ids, for each token) and
-    `prompt_logprobs` (scores of the prompt's own tokens).
+    `prompt_logprobs` (scores of the prompt's own tokens). `repetition` (n, p) also ends it after n
+    tokens in a row that were each likelier than p (MiniMax-M1 §5).
     """
 
     prompt_ids: tuple[int, ...]
@@ -67,9 +69,10 @@ class GenRequest:
     constraint: Constraint | None = None
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    repetition: tuple[int, float] | None = None
 
 
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "repetition", "abort"]
 
 Top = list[tuple[int, float]]
 """The likeliest ids of one place and their log-probs, best first."""
@@ -151,6 +154,13 @@ class Engine:
             )
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < config.vocab_size:
             raise ModelError(f"request: token ids must be from 0 to {config.vocab_size - 1}")
+        if request.repetition is not None and not (
+            request.repetition[0] >= 1 and 0 < request.repetition[1] < 1
+        ):
+            raise ModelError(
+                f"request: repetition {request.repetition}; needed are at least 1 token and a "
+                "probability between 0 and 1"
+            )
         if not (request.temperature >= 0 and 0 < request.top_p <= 1 and request.top_k >= 0):
             raise ModelError(
                 f"request: temperature {request.temperature}, top_p {request.top_p}, top_k "
@@ -270,6 +280,7 @@ class Row:
     finish: Finish | None = None
     error: Exception | None = None
     versions: list[tuple[int, int]] = field(default_factory=list)
+    certain: int = 0  # tokens in a row that were likelier than the request's bound
 
     def mask(self) -> Tensor | None:
         """Allowed ids (V), or None for all; a row whose constraint allows none ends here."""
@@ -296,6 +307,11 @@ class Row:
             self.finish = "stop"
         elif len(self.ids) == self.request.max_new_tokens:
             self.finish = "length"
+        elif self.request.repetition is not None:
+            most, probability = self.request.repetition
+            self.certain = self.certain + 1 if logprob > math.log(probability) else 0
+            if self.certain >= most:
+                self.finish = "repetition"
         if constraint is not None:
             try:
                 constraint.accept(id)

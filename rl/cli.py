@@ -48,16 +48,18 @@ def resolve_or_print(
     kind: type[ConfigT],
     args: argparse.Namespace,
     check: Callable[[ConfigT], None] = lambda config: None,
+    plan: Callable[[ConfigT], str] = lambda config: "",
 ) -> ConfigT | None:
     """The resolved configuration, or None after printing it for `--dry-run`.
 
-    `check` raises if what the configuration names cannot be used.
+    `check` raises if what the configuration names cannot be used. `plan`: what a dry run says
+    after the configuration, as YAML comments.
     """
     data = load_data(args.config, args.merges, args.overrides)
     config = validate(kind, data, str(args.config))
     check(config)
     if args.dry_run:
-        sys.stdout.write(dump_config(config))
+        sys.stdout.write(dump_config(config) + plan(config))
         return None
     return config
 

@@ -19,6 +19,8 @@ from ruamel.yaml.error import YAMLError
 from agent_tools.config_text import parse_yaml
 from rl.errors import ConfigError
 
+ObjectiveName = Literal["cispo", "grpo", "ppo_clip", "reinforce", "expert_iteration"]
+
 
 class Strict(BaseModel):
     """Frozen, and unknown keys are errors."""
@@ -40,11 +42,54 @@ class BudgetSection(Strict):
     cpu_seconds_per_script: float = Field(default=3.0, gt=0)
 
 
+class DynamicSamplingSection(Strict):
+    """DAPO's dynamic sampling (MiniMax-M1 §3.1): groups without spread are left out of the update
+    and replaced by further groups, at most `refills` times a step. Every script counts against the
+    run's `steps` × `scripts_per_step`, so a run that refills has fewer steps."""
+
+    refills: int = Field(default=0, ge=0)
+
+
+class TruncationSection(Strict):
+    """What becomes of a reply cut at the token limit (finish reason `length` or `repetition`).
+
+    `train`: nothing; its verifier judges it (the M2 report names no rule). `mask`: its tokens are
+    neither in the loss nor in the denominator. `penalise`: DAPO's soft penalty, as in M1: a call of
+    n tokens earns clip((max_new_tokens − buffer − n) / buffer, −1, 0) × `penalty`, cut or not.
+    """
+
+    rule: Literal["train", "mask", "penalise"] = "train"
+    buffer: int = Field(default=32, ge=1)
+    penalty: float = Field(default=1.0, gt=0)
+
+
+class RepetitionSection(Strict):
+    """M1 §5: a reply ends after `tokens` tokens in a row, each likelier than `probability`."""
+
+    tokens: int = Field(default=3000, ge=1)
+    probability: float = Field(default=0.99, gt=0, lt=1)
+
+
 class RolloutSection(Strict):
     group_size: int = Field(default=8, ge=2)
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(default=256, ge=1)
     turns: int = Field(default=1, ge=1)
+    dynamic_sampling: DynamicSamplingSection = DynamicSamplingSection()
+    truncation: TruncationSection = TruncationSection()
+    repetition_stop: RepetitionSection = RepetitionSection()
+
+
+class RewardSection(Strict):
+    """r_t = `process` · process_t + `speed` · h(T / T_baseline) + outcome (M2 report §6.1.5), and
+    G_t = Σ γ^(τ−t) r_τ. The report gives no values; see `rl.rewards` for ours."""
+
+    process: float = 0.0
+    speed: float = Field(default=0.0, ge=0)
+    speed_clip: float = Field(default=0.5, gt=0)
+    speed_clock: Literal["wall", "work"] = "wall"
+    """T: seconds of the whole attempt, or of its calls and tools alone."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
 
 
 class OptimSection(Strict):
@@ -57,6 +102,9 @@ class OptimSection(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     updates_per_batch: int = Field(default=1, ge=1)
+    """Optimiser updates a step. The batch is shuffled and cut into `updates_per_batch` / `passes`
+    minibatches, and gone through `passes` times."""
+    passes: int = Field(default=1, ge=1)
     micro_batch: int = Field(default=24, ge=1)
     """Rows a backward pass; any value gives the same gradient."""
 
@@ -64,6 +112,17 @@ class OptimSection(Strict):
 class CispoSection(Strict):
     is_weight_max: float = Field(default=5.0, gt=0)
     """The ceiling of the importance weight itself (not 1 + epsilon); there is no floor."""
+    mask_low: float | None = Field(default=None, ge=0)
+    """M1's mask: no gradient where A < 0 and ratio < 1 − mask_low; off by default."""
+    mask_high: float | None = Field(default=None, ge=0)
+    """The same where A > 0 and ratio > 1 + mask_high."""
+
+
+class ClipSection(Strict):
+    """The ratio is clipped to [1 − `low`, 1 + `high`]."""
+
+    low: float = Field(default=0.2, gt=0, le=1)
+    high: float = Field(default=0.2, gt=0)
 
 
 class ExpertIterationSection(Strict):
@@ -111,15 +170,21 @@ class RunConfig(Strict):
     suite: str = "offline-small-v0"
     competitions: tuple[str, ...] = ()
     """Ids of the train split; empty = all of them."""
-    objective: Literal["cispo", "expert_iteration"] = "cispo"
+    objective: ObjectiveName = "cispo"
     budget: BudgetSection = BudgetSection()
     rollout: RolloutSection = RolloutSection()
     optim: OptimSection = OptimSection()
     cispo: CispoSection = CispoSection()
+    grpo: ClipSection = ClipSection()
+    ppo_clip: ClipSection = ClipSection()
+    reward: RewardSection = RewardSection()
     expert_iteration: ExpertIterationSection = ExpertIterationSection()
     env: EnvSection = EnvSection()
     sandbox: SandboxSection = SandboxSection()
     scaffold: str | None = None
+    pool: str | None = None
+    """Where calls and rewards are kept: a file (relative to the run directory) or a PostgreSQL
+    URL; `--from-pool` computes the run's updates again from it."""
     checkpoint_every: int = Field(default=1, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     stop: StopSection = StopSection()
@@ -144,6 +209,23 @@ class RunConfig(Strict):
             raise ValueError(
                 f"budget.scripts_per_step {scripts} is not a multiple of rollout.group_size "
                 f"{group}; choose a divisor of {scripts}"
+            )
+        updates, passes = self.optim.updates_per_batch, self.optim.passes
+        if updates % passes:
+            raise ValueError(
+                f"optim.updates_per_batch {updates} is not a multiple of optim.passes {passes}; "
+                f"choose passes that divide {updates}"
+            )
+        truncation = self.rollout.truncation
+        if truncation.rule == "penalise" and truncation.buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.truncation.buffer {truncation.buffer} is above rollout.max_new_tokens "
+                f"{self.rollout.max_new_tokens}; lower it"
+            )
+        if self.objective == "expert_iteration" and self.rollout.dynamic_sampling.refills:
+            raise ValueError(
+                "rollout.dynamic_sampling.refills is for objectives with a group baseline, not "
+                "for expert_iteration; set it to 0"
             )
         return self
 

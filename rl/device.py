@@ -22,6 +22,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 operations a second, by the vendor's data sheets (SXM)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What a device could do at most; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
 SMALL_HIDDEN = 512
 
 

@@ -42,7 +42,7 @@ class LocalClient:
     """Chat through `submit`: renders the prompt to ids, never re-encodes a response.
 
     `context` is the model's number of positions. A prompt that leaves no room for one token gets an
-    empty reply with finish reason `length`.
+    empty reply with finish reason `length`. `repetition`: as in `GenRequest`.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class LocalClient:
         submit: Callable[[GenRequest], Generation],
         tokenizer: Tokenizer,
         context: int,
+        repetition: tuple[int, float] | None = None,
     ) -> None:
+        self._repetition = repetition
         self._submit = submit
         self._tokenizer = tokenizer
         self._context = context
@@ -79,6 +81,7 @@ class LocalClient:
                 temperature=temperature,
                 seed=seed,
                 stop_ids=frozenset({self._tokenizer.eos_id}),
+                repetition=self._repetition,
             )
         )
         return ChatReply(
@@ -110,9 +113,15 @@ class Cohort:
     """Episodes that generate together; `drive` runs in the caller's thread until all have left."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, members: int, check: Callable[[], None]
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        members: int,
+        check: Callable[[], None],
+        repetition: tuple[int, float] | None = None,
     ) -> None:
         """check: called about ten times a second; may raise to stop the cohort."""
+        self._repetition = repetition
         self._engine = engine
         self._tokenizer = tokenizer
         self._check = check
@@ -136,7 +145,7 @@ class Cohort:
             return future.result(timeout=WAIT_S)
 
         context = self._engine.model.config.max_position_embeddings
-        return LocalClient(submit, self._tokenizer, context)
+        return LocalClient(submit, self._tokenizer, context, self._repetition)
 
     def leave(self) -> None:
         """A member's episode has ended (also by an exception)."""

@@ -14,6 +14,10 @@ class CheckpointStateError(UserError):
     """A run directory or its trainer state cannot be used for what was asked."""
 
 
+class RecordError(UserError):
+    """A call record cannot be trained on: lengths, tokenizer or sampling are not the run's."""
+
+
 class InfraLimitError(InfraError):
     """Too many scripts failed for reasons that are not theirs; nothing was learnt from them."""
 
@@ -46,6 +50,7 @@ __all__ = [
     "DivergedError",
     "InfraError",
     "InfraLimitError",
+    "RecordError",
     "SplitError",
     "StoppedError",
     "UserError",

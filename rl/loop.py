@@ -6,26 +6,23 @@ samples what the undisturbed run would have sampled, from exactly restored float
 
 from __future__ import annotations
 
-import json
-import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from model.chat_format import render_ids
 from model.checkpoint import load_model
+from model.describe import describe
 from model.generate import Engine
 from model.tokenizer import Tokenizer
-from rl import cispo
-from rl.advantages import group_advantages
 from rl.checkpoints import fingerprint, resolve_checkpoint
+from rl.collect import Collected, LocalSource, PoolSource, Source
 from rl.config import RunConfig, dump_config
-from rl.device import pick_device, settle_threads
+from rl.device import peak_flops, pick_device, settle_threads
 from rl.errors import (
     CheckpointStateError,
     ConfigError,
@@ -34,19 +31,12 @@ from rl.errors import (
     StoppedError,
     exit_code_of,
 )
-from rl.expert_iteration import ExpertPool, round_ends
-from rl.rollout import Rollout, plan_step, run_local
+from rl.learner import Learner
+from rl.pool import Pool
 from rl.run_dir import Row, RunDir, Status
-from rl.step_metrics import (
-    Counts,
-    drift,
-    returns_by_group,
-    rollout_metrics,
-    sampled_entropy,
-    usable,
-)
-from rl.trainer import Sample, Trainer, read_info
-from rl.types import Env, Episode, Task
+from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
+from rl.trainer import Trainer, read_info
+from rl.types import Env, Task
 from rl.wandb_log import WandbLog
 
 MAX_INFRA_SHARE = 0.10
@@ -74,27 +64,37 @@ def run(
     resume: bool,
     parts: PartsFactory,
     check: Callable[[], None],
+    from_pool: str | None = None,
 ) -> int:
     """Run to the end, or to a signal or an error; the run directory always says which.
+
+    `from_pool`: compute the updates of the run that wrote this pool, without engine or scripts.
 
     Returns 0. Raises what the command line turns into exit codes (StoppedError, DivergedError, …).
     """
     folder = RunDir(path)
     source = resolve_checkpoint(config.model.checkpoint)
+    if from_pool is not None and config.objective == "expert_iteration":
+        raise ConfigError("expert iteration keeps scripts, which a pool does not; use a loss")
     pick_device(config.device)  # an unknown one is refused before anything is made
     folder.open(dump_config(config), resume=resume)
     try:
         if folder.result is not None:
             print(f"{path} is done: {folder.result['steps']} steps, {folder.result['checkpoint']}")
         else:
-            _run(config, folder, source, parts, check)
+            _run(config, folder, source, parts, check, from_pool)
     finally:
         folder.close()
     return 0
 
 
 def _run(
-    config: RunConfig, folder: RunDir, source: Path, parts: PartsFactory, check: Callable[[], None]
+    config: RunConfig,
+    folder: RunDir,
+    source: Path,
+    parts: PartsFactory,
+    check: Callable[[], None],
+    from_pool: str | None,
 ) -> None:
     status = Status(folder.path / "status.json")
     wandb: WandbLog | None = None
@@ -105,8 +105,12 @@ def _run(
         wandb = WandbLog(config, folder.path, _wandb_id(folder), kept)
         _announce(config, loop, source)
         check()
-        with parts(config) as built:
-            loop.train(built, wandb)
+        if from_pool is not None:
+            with Pool(from_pool, create=False) as pool:
+                loop.train(PoolSource(pool), wandb)
+        else:
+            with parts(config) as built, pool_of(config, folder.path) as kept_in:
+                loop.train(loop.local(built, kept_in), wandb)
         wandb.finish(0)
         folder.drop_trainer_state()
         status.close("done", 0)
@@ -143,26 +147,36 @@ class Loop:
         self.threads = settle_threads(model.device, model.config.hidden_size)
         self.engine = Engine(model, max_batch=MAX_BATCH)
         self.trainer = Trainer(model, config.optim)
-        self.experts = ExpertPool(config.expert_iteration.keep_per_competition)
+        self.learner = Learner(config, self.trainer, self.tokenizer.hash)
         self.counts = Counts()
         self.rows: list[Row] = []
         self.done = 0  # finished steps
         self.saved = 0  # step of the newest checkpoint
+        self.last = False  # no step follows the last one that was done
 
     # ---------------------------------------------------------- steps
 
-    def train(self, parts: Parts, wandb: WandbLog) -> None:
+    def local(self, parts: Parts, pool: Pool | None) -> LocalSource:
+        """Episodes sampled here."""
+        return LocalSource(
+            self.config, parts.tasks, parts.env, self.engine, self.tokenizer, self.check, pool
+        )
+
+    def train(self, source: Source, wandb: WandbLog) -> None:
         """All remaining steps. A signal is honoured between steps and while episodes run."""
         steps = self.config.budget.steps
         try:
             while self.done < steps:
                 self.check()
                 step = self.done + 1
-                row = self._step(step, parts, wandb)
+                row = self._step(step, source, wandb)
+                if row is None:
+                    print(f"nothing is left for step {step} of {steps}: the run ends", flush=True)
+                    break
                 self.done = step
                 self.rows.append(row)
-                last = step == steps
-                if last or step % self.config.checkpoint_every == 0:
+                self.last = step == steps or not source.left(step + 1, self.counts.attempts)
+                if self.last or step % self.config.checkpoint_every == 0:
                     self._save(row)
                 self.folder.append_row(row)
                 wandb.log(row)
@@ -179,107 +193,42 @@ class Loop:
                 self._save(self.rows[-1])
             raise
 
-    def _step(self, step: int, parts: Parts, wandb: WandbLog) -> Row:
+    def _step(self, step: int, source: Source, wandb: WandbLog) -> Row | None:
         config = self.config
         started = time.monotonic()
-        attempts = plan_step(
-            parts.tasks,
-            seed=config.seed,
-            step=step,
-            groups=config.groups_per_step,
-            group_size=config.rollout.group_size,
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_new_tokens,
-        )
-        self.engine.version = self.trainer.version
-        rollout = run_local(attempts, parts.env, self.engine, self.tokenizer, self.check)
+        got = source.collect(step, self.counts.attempts, self.trainer.version)
+        if got is None:
+            return None
         row: Row = {"step": step, "t": time.time()}
-        row |= rollout_metrics(rollout.episodes, config.competitions)
+        row |= rollout_metrics(got.episodes, config.competitions)
         updating = time.monotonic()
+        last = step == config.budget.steps or not source.left(
+            step + 1, self.counts.attempts + got.attempts
+        )
         try:
-            row |= self._update(step, rollout)
-            self.trainer.check_alive(
-                [render_ids(task.prompt, None, self.tokenizer) for task in parts.tasks]
-            )
+            row |= self.learner.learn(step, got.learnt, last)
+            self.trainer.check_alive(source.prompts)
         except DivergedError:
             # the failed step's row, with its loss as NaN; no checkpoint goes with it
-            row |= {"loss/cispo/loss": math.nan, "policy/grad_norm": math.nan}
+            row |= self.learner.diverged()
             self.folder.append_row(row)
             wandb.log(row)
             raise
-        seconds = time.monotonic() - started
-        self.counts = self.counts.plus(rollout.episodes, seconds)
-        tokens = sum(len(c.response_ids) for e in rollout.episodes for c in e.calls)
-        row |= {
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/step_s": seconds,
-            "perf/generate_s": rollout.generate_s,
-            "perf/execute_s": rollout.execute_s,
-            "perf/update_s": time.monotonic() - updating,
-        }
+        row |= _dropped(got, config)
+        seconds, update_s = time.monotonic() - started, time.monotonic() - updating
+        self.counts = self.counts.plus(got.episodes, seconds, got.attempts)
+        row |= perf_metrics(got.episodes, seconds, got.generate_s, got.wall_s, update_s)
+        if (peak := peak_flops(self.engine.device)) is not None:
+            row["perf/mfu"] = self._flops(got) / update_s / peak
         return row
 
-    def _update(self, step: int, rollout: Rollout) -> Row:
-        judged = usable(rollout.episodes)
-        advantages = group_advantages(returns_by_group(judged), [e.group for e in judged])
-        common: Row = {"group/zero_std_frac": advantages.zero_std_frac}
-        if self.config.objective == "expert_iteration":
-            return common | self._imitate(step, judged)
-        samples = [
-            Sample(call.prompt_ids, call.response_ids, call.logprobs, float(advantage))
-            for episode, advantage in zip(judged, advantages.values, strict=True)
-            for call in episode.calls
-            if call.response_ids
-        ]
-        _refuse_constrained(judged)
-        lr = self.trainer.warmup(step, self.config.optim.lr)
-        stats = self.trainer.cispo_update(
-            samples,
-            lr=lr,
-            is_weight_max=self.config.cispo.is_weight_max,
-            temperature=self.config.rollout.temperature,
-        )
-        return common | {
-            "loss/cispo/loss": stats.loss,
-            "loss/cispo/weight_mean": stats.weight_mean,
-            "loss/cispo/weight_max": stats.weight_max,
-            "loss/cispo/capped_frac": stats.capped_frac,
-            "mismatch_kl/mean": stats.kl_mean,
-            "mismatch_kl/max": stats.kl_max,
-            "policy/entropy": stats.entropy,
-            "policy/grad_norm": stats.grad_norm,
-            "rollout/nonfinite_logprobs": float(stats.nonfinite),
-            "optim/lr": lr,
-        }
-
-    def _imitate(self, step: int, judged: Sequence[Episode]) -> Row:
-        settings = self.config.expert_iteration
-        _refuse_constrained(judged)
-        for episode in judged:
-            if len(episode.calls) == len(episode.scripts) == 1:
-                call, script = episode.calls[0], episode.scripts[0]
-                self.experts.add(
-                    episode.task,
-                    script.script,
-                    episode.reward.outcome,
-                    call.prompt_ids,
-                    call.response_ids,
-                )
-        row: Row = {"policy/entropy": sampled_entropy(judged)}
-        lr = self.trainer.warmup(step, settings.lr)
-        if not round_ends(step, self.config.budget.steps, settings.round_steps):
-            return row | {"optim/lr": 0.0}
-        drawn = self.experts.draw(
-            seed=self.config.seed, step=step, updates=settings.updates, batch=settings.batch
-        )
-        if not drawn:
-            return row | {"optim/lr": 0.0}
-        batches = [
-            [Sample(expert.prompt_ids, expert.response_ids, ()) for expert in batch]
-            for batch in drawn
-        ]
-        loss, norm = self.trainer.imitate(batches, lr=lr)
-        return row | {"loss/imitation": loss, "policy/grad_norm": norm, "optim/lr": lr}
+    def _flops(self, got: Collected) -> float:
+        """Of the updates of a step, forward and backward: every call as a row of its own."""
+        lengths = [len(c.prompt_ids) + len(c.response_ids) for e in got.learnt for c in e.calls]
+        if not lengths or self.config.objective == "expert_iteration":
+            return 0.0
+        each = describe(self.trainer.model.config, context=max(lengths)).flops_per_token
+        return 3.0 * each * sum(lengths) * self.config.optim.passes
 
     # ---------------------------------------------------------- state
 
@@ -290,11 +239,11 @@ class Loop:
             raise CheckpointStateError(
                 f"{self.source} is not the checkpoint that this run started from; put it back"
             )
-        if info["step"] < self.config.budget.steps:
+        if not info.get("last", info["step"] == self.config.budget.steps):
             self.trainer.load(checkpoint)
         self.done = self.saved = int(info["step"])
         self.counts = Counts(**info["counts"])
-        self.experts.restore(info["experts"])
+        self.learner.experts.restore(info["experts"])
         self.rows = self.folder.keep_rows(self.done, info["row"])
         print(f"resumed after step {self.done}", flush=True)
         return self.rows
@@ -302,10 +251,11 @@ class Loop:
     def _save(self, row: Row) -> None:
         info = {
             "step": self.done,
+            "last": self.last,
             "seed": self.config.seed,
             "source": fingerprint(self.source),
             "counts": asdict(self.counts),
-            "experts": self.experts.state(),
+            "experts": self.learner.experts.state(),
             "row": row,
         }
         metadata = {"step": self.done, "objective": self.config.objective}
@@ -316,7 +266,7 @@ class Loop:
                 info,
                 tokenizer_from=self.source,
                 # the last checkpoint is served or started from, never resumed
-                with_state=self.done < self.config.budget.steps,
+                with_state=not self.last,
                 metadata=metadata,
             )
 
@@ -350,12 +300,20 @@ class Loop:
 # ------------------------------------------------------------------ small things
 
 
-def _refuse_constrained(episodes: Sequence[Episode]) -> None:
-    if any(call.constrained for episode in episodes for call in episode.calls):
-        raise ConfigError(
-            "a grammar-constrained reply is not training data: its log-probs are not the policy's; "
-            "sample without tools"
-        )
+def pool_of(config: RunConfig, run_dir: Path) -> AbstractContextManager[Pool | None]:
+    """The pool that the run writes to, or nothing."""
+    if config.pool is None:
+        return nullcontext()
+    url = config.pool
+    return Pool(url if url.startswith(("postgresql://", "postgres://")) else run_dir / url)
+
+
+def _dropped(got: Collected, config: RunConfig) -> Row:
+    """With dynamic sampling, the share of all groups that were dropped."""
+    if not config.rollout.dynamic_sampling.refills:
+        return {}
+    groups = len({e.group for e in got.episodes})
+    return {"group/zero_std_frac": got.dropped / groups, "group/dropped": float(got.dropped)}
 
 
 def _wandb_id(folder: RunDir) -> str:
@@ -367,10 +325,7 @@ def _wandb_id(folder: RunDir) -> str:
 
 
 def _announce(config: RunConfig, loop: Loop, source: Path) -> None:
-    if config.objective == "cispo":
-        print(cispo.describe(config.cispo.is_weight_max))
-    else:
-        print(f"expert iteration: {json.dumps(config.expert_iteration.model_dump())}")
+    print(loop.learner.text)
     print(
         f"{config.budget.steps} steps × {config.budget.scripts_per_step} scripts "
         f"from {source.name} on {loop.engine.device} ({loop.threads} threads), "

@@ -25,9 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-LOG_RATIO_BOUND = 20.0
+from rl.config import RunConfig
+from rl.objective_text import Reduction, cispo_text, clip_text, reinforce_text
 
-Reduction = Literal["token", "sequence"]
+LOG_RATIO_BOUND = 20.0
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,21 @@ def cispo(
         part_n = weight_n * ~masked_n * tokens.advantage_n * tokens.logp_n
         return _terms(tokens, part_n, weight_n, (ratio_n > is_weight_max) | masked_n)
 
-    mask = ""
-    if mask_low is not None or mask_high is not None:
-        mask = f" · mask: A < 0 below 1 − {mask_low}, A > 0 above 1 + {mask_high}"
-    band = f"importance weight in [0, {is_weight_max:g}] (no floor, ceiling inclusive){mask}"
-    return Objective("cispo", loss, "token", "batch", _describe("cispo", band, "token"))
+    text = cispo_text(is_weight_max, mask_low, mask_high)
+    return Objective("cispo", loss, "token", "batch", text)
 
 
 def ppo_clip(low: float, high: float) -> Objective:
     """PPO's clipped surrogate, token mean, batch-normalised advantages."""
-    band = f"ratio clipped to [{1 - low:g}, {1 + high:g}]"
-    loss = _clipped(low, high)
-    return Objective("ppo_clip", loss, "token", "batch", _describe("ppo_clip", band, "token"))
+    text = clip_text("ppo_clip", low, high, "token")
+    return Objective("ppo_clip", _clipped(low, high), "token", "batch", text)
 
 
 def grpo(low: float, high: float) -> Objective:
     """The clipped surrogate as GRPO averages it: mean over a call's tokens, then over calls, and
     advantages divided by their own group's deviation."""
-    band = f"ratio clipped to [{1 - low:g}, {1 + high:g}]"
-    loss = _clipped(low, high)
-    return Objective("grpo", loss, "sequence", "group", _describe("grpo", band, "sequence"))
+    text = clip_text("grpo", low, high, "sequence")
+    return Objective("grpo", _clipped(low, high), "sequence", "group", text)
 
 
 def reinforce() -> Objective:
@@ -114,8 +110,21 @@ def reinforce() -> Objective:
         none_n = torch.zeros_like(tokens.logp_n, dtype=torch.bool)
         return _terms(tokens, part_n, torch.ones_like(part_n).detach(), none_n)
 
-    band = "no importance weight"
-    return Objective("reinforce", loss, "token", "batch", _describe("reinforce", band, "token"))
+    return Objective("reinforce", loss, "token", "batch", reinforce_text())
+
+
+def of_config(config: RunConfig) -> Objective:
+    """The run's objective. ValueError for expert iteration, which has no policy gradient."""
+    if config.objective == "cispo":
+        c = config.cispo
+        return cispo(c.is_weight_max, c.mask_low, c.mask_high)
+    if config.objective == "grpo":
+        return grpo(config.grpo.low, config.grpo.high)
+    if config.objective == "ppo_clip":
+        return ppo_clip(config.ppo_clip.low, config.ppo_clip.high)
+    if config.objective == "reinforce":
+        return reinforce()
+    raise ValueError(f"{config.objective} has no policy gradient")
 
 
 def _clipped(low: float, high: float) -> Loss:
@@ -175,11 +184,3 @@ def shares(lengths: Tensor, reduction: Reduction, tokens: int, calls: int) -> Te
     else:
         share_C = 1.0 / (calls * lengths.double())
     return share_C.repeat_interleave(lengths)
-
-
-def _describe(name: str, band: str, reduction: Reduction) -> str:
-    denominator = {
-        "token": "all trained tokens of the optimiser step",
-        "sequence": "each call's own tokens, then all calls of the optimiser step",
-    }[reduction]
-    return f"{name}: {band} · anchor: recorded rollout log-probs · denominator: {denominator}"

@@ -34,7 +34,9 @@ CREATE TABLE IF NOT EXISTS calls (
   response {blob} NOT NULL, logprobs {blob} NOT NULL, meta TEXT NOT NULL, digest TEXT NOT NULL,
   UNIQUE (episode, member));
 CREATE TABLE IF NOT EXISTS rewards (
-  id {serial}, episode TEXT NOT NULL UNIQUE, meta TEXT NOT NULL, digest TEXT NOT NULL)
+  id {serial}, episode TEXT NOT NULL UNIQUE, meta TEXT NOT NULL, digest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS steps (
+  id {serial}, step INTEGER NOT NULL, meta TEXT NOT NULL, digest TEXT NOT NULL)
 """
 _SQLITE_GUARDS = """
 CREATE TRIGGER IF NOT EXISTS {table}_{verb} BEFORE {verb} ON {table}
@@ -64,6 +66,24 @@ class Stats:
     response_tokens: int
     statuses: dict[str, int]
     damaged: tuple[str, ...]
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """A group as it was trained on: its task, the domain of its reward, its episodes in order."""
+
+    task: str
+    domain: str
+    episodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What an optimiser step (from 1) trained on."""
+
+    step: int
+    groups: tuple[GroupRecord, ...]
 
 
 class Pool:
@@ -83,7 +103,7 @@ class Pool:
             for statement in _SCHEMA.format(**kinds).split(";\n"):
                 self._db.execute(statement)
             if not self._postgres:
-                for table in ("calls", "rewards"):
+                for table in ("calls", "rewards", "steps"):
                     for verb in ("UPDATE", "DELETE"):
                         self._db.execute(_SQLITE_GUARDS.format(table=table, verb=verb))
             self._db.commit()
@@ -129,6 +149,15 @@ class Pool:
             (reward.episode, meta, _digest(reward.episode, meta)),
         )
 
+    def add_step(self, step: StepRecord) -> None:
+        """Append what an optimiser step trains on. A step that is done again (after a crash before
+        its checkpoint) is appended again: the last record of a step counts."""
+        meta = json.dumps([[g.task, g.domain, g.episodes] for g in step.groups])
+        self._insert(
+            "INSERT INTO steps (step, meta, digest) VALUES (?, ?, ?)",
+            (step.step, meta, _digest(step.step, meta)),
+        )
+
     def _insert(self, sql: str, values: Sequence[Any]) -> None:
         with self._lock, self._reported():
             try:
@@ -158,6 +187,12 @@ class Pool:
         rows = self._select("SELECT episode, meta FROM rewards ORDER BY id", ())
         return [_reward(*row) for row in rows]
 
+    def steps(self) -> list[StepRecord]:
+        """What every optimiser step trained on, in the order of the steps."""
+        rows = self._select("SELECT step, meta FROM steps ORDER BY id", ())
+        last = {int(step): meta for step, meta in rows}
+        return [StepRecord(step, _groups(last[step])) for step in sorted(last)]
+
     def stats(self) -> Stats:
         """Counts, and the records whose content is not what was written."""
         damaged: list[str] = []
@@ -179,7 +214,12 @@ class Pool:
                 continue
             status = json.loads(meta)["status"]
             statuses[status] = statuses.get(status, 0) + 1
-        return Stats(calls, rewards, len(episodes), tokens, statuses, tuple(damaged))
+        steps = 0
+        for step, meta, digest in self._select("SELECT step, meta, digest FROM steps", ()):
+            steps += 1
+            if _digest(step, meta) != digest:
+                damaged.append(f"step {step}")
+        return Stats(calls, rewards, len(episodes), tokens, statuses, tuple(damaged), steps)
 
     def _calls(self, where: str, values: Sequence[Any]) -> Iterator[CallRecord]:
         columns = "episode, member, prompt, response, logprobs, meta"
@@ -276,6 +316,10 @@ def _reward(episode: str, meta: str) -> RewardRecord:
     return RewardRecord(episode=episode, process=process, **found)
 
 
+def _groups(meta: str) -> tuple[GroupRecord, ...]:
+    return tuple(GroupRecord(task, domain, tuple(ids)) for task, domain, ids in json.loads(meta))
+
+
 def _digest(*values: Any) -> str:
     whole = hashlib.sha256()
     for value in values:
@@ -309,6 +353,8 @@ def _command(pool: Pool, what: str) -> int:
             print(json.dumps({"kind": "call", **asdict(call)}))
         for reward in pool.rewards():
             print(json.dumps({"kind": "reward", **asdict(reward)}))
+        for step in pool.steps():
+            print(json.dumps({"kind": "step", **asdict(step)}))
         return 0
     stats = pool.stats()
     if what == "stats":

@@ -1,9 +1,11 @@
-"""Rewards of an episode: r = α·process + β·speed + perf (M2 report §6.1.5), no discount.
+"""Rewards of an episode's calls: r_t = α·process_t + β·speed_t + outcome_t (M2 report §6.1.5), and
+the reward-to-go G_t = Σ_{τ ≥ t} γ^(τ−t) r_τ (Eq. 6).
 
-The paper gives neither weights nor h. Ours: performance is the percentile of the final submission
-on the task's field, divided by 100; process and speed are off (0) unless asked for; speed is paid
-at the last step, only when performance is positive, against the median time of the group's
-successful attempts. Pure Python.
+The report gives neither weights nor h nor γ. Ours: the outcome is the percentile of the final
+submission on the task's field, divided by 100, and is paid at the last call; process rewards are
+paid at their own call; speed is paid at the last call, only when the outcome is positive, against
+the median time of the group's successful attempts. α = β = 0 and γ = 1 unless asked for. A call may
+also be charged for its length (`length_penalty`, DAPO §3.4 as adopted by MiniMax-M1). Pure Python.
 """
 
 from __future__ import annotations
@@ -11,17 +13,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
-from rl.types import RewardRecord
+from rl.types import CallRecord, RewardRecord
 
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """`process` α, `speed` β, and the clip c of h(x) = clip(1 − x, −c, c)."""
+    """`process` α, `speed` β, the clip c of h(x) = clip(1 − x, −c, c), its clock, and γ."""
 
     process: float = 0.0
     speed: float = 0.0
     speed_clip: float = 0.5
+    speed_clock: Literal["wall", "work"] = "wall"
+    gamma: float = 1.0
+
+
+@dataclass(frozen=True)
+class LengthPenalty:
+    """From `limit` − `buffer` tokens on a call loses up to `penalty`, linearly."""
+
+    limit: int
+    buffer: int
+    penalty: float = 1.0
+
+    def of(self, tokens: int) -> float:
+        """≤ 0: penalty · clip((limit − buffer − tokens) / buffer, −1, 0)."""
+        over = (self.limit - self.buffer - tokens) / self.buffer
+        return self.penalty * max(-1.0, min(0.0, over))
 
 
 def percentile_reward(percentile: float, *, valid: bool) -> float:
@@ -40,17 +59,59 @@ def speed_bonus(seconds: float, baseline_seconds: float, clip: float) -> float:
     return max(-clip, min(clip, 1.0 - seconds / baseline_seconds))
 
 
-def episode_returns(
-    records: Sequence[RewardRecord], weights: RewardWeights | None = None
-) -> list[float]:
-    """Undiscounted return of each attempt of *one group*, in order."""
+def completion_seconds(
+    record: RewardRecord, calls: Sequence[CallRecord], clock: Literal["wall", "work"]
+) -> float:
+    """T: the whole attempt (`wall`), or its calls and tools only, without waiting in between."""
+    if clock == "wall":
+        return record.t_wall
+    return record.t_tool + sum(call.t_end - call.t_start for call in calls)
+
+
+def call_rewards(
+    records: Sequence[RewardRecord],
+    calls: Sequence[Sequence[CallRecord]],
+    weights: RewardWeights | None = None,
+    length: LengthPenalty | None = None,
+) -> list[list[float]]:
+    """r_t of each call of each attempt of *one group*. An attempt without calls has one entry.
+
+    Process rewards name calls by `CallRecord.index`; those of a call that is not there count for
+    the last one.
+    """
     weights = weights or RewardWeights()
-    times = [r.t_wall for r in records if r.status == "done" and r.outcome > 0]
-    baseline = median(times) if times else 0.0
-    returns = []
-    for record in records:
-        total = record.outcome + weights.process * sum(value for _, value in record.process)
+    seconds = [
+        completion_seconds(record, made, weights.speed_clock)
+        for record, made in zip(records, calls, strict=True)
+    ]
+    done = [
+        t
+        for record, t in zip(records, seconds, strict=True)
+        if record.status == "done" and record.outcome > 0
+    ]
+    baseline = median(done) if done else 0.0
+    out = []
+    for record, made, t in zip(records, calls, seconds, strict=True):
+        rewards = [0.0] * max(1, len(made))
+        rewards[-1] = record.outcome
+        if weights.process:
+            place = {call.index: i for i, call in enumerate(made)}
+            for index, value in record.process:
+                rewards[place.get(index, -1)] += weights.process * value
         if weights.speed and record.outcome > 0:
-            total += weights.speed * speed_bonus(record.t_wall, baseline, weights.speed_clip)
-        returns.append(total)
-    return returns
+            rewards[-1] += weights.speed * speed_bonus(t, baseline, weights.speed_clip)
+        if length is not None:
+            for i, call in enumerate(made):
+                rewards[i] += length.of(len(call.response_ids))
+        out.append(rewards)
+    return out
+
+
+def returns_to_go(rewards: Sequence[float], gamma: float = 1.0) -> list[float]:
+    """G_t of every call; G_0 is the episode's return."""
+    total = 0.0
+    out = []
+    for reward in reversed(rewards):
+        total = reward + gamma * total
+        out.append(total)
+    return out[::-1]

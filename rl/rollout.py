@@ -47,14 +47,16 @@ def plan_step(
     group_size: int,
     temperature: float,
     max_tokens: int,
+    asked: range | None = None,
 ) -> list[Task]:
     """The attempts of one step: `groups` × `group_size`, tasks taken in turn over all steps.
 
     Example: 4 tasks, 3 groups → step 1 has tasks 0 1 2, step 2 has 3 0 1. Seeds depend on
-    (seed, step, group, index) only.
+    (seed, step, group, index) only. `asked`: the groups to make instead of the first `groups`;
+    those beyond go on with the next tasks.
     """
     attempts = []
-    for g in range(groups):
+    for g in asked if asked is not None else range(groups):
         task = tasks[((step - 1) * groups + g) % len(tasks)]
         for i in range(group_size):
             sampling = Sampling(temperature, max_tokens, derive_seed(seed, step, g, i))
@@ -70,6 +72,7 @@ def run_local(
     engine: Engine,
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
+    repetition: tuple[int, float] | None = None,
 ) -> Rollout:
     """Run attempts against the in-process engine, `COHORT` at a time, in lock-step.
 
@@ -81,7 +84,7 @@ def run_local(
     generate_s = 0.0
     for first in range(0, len(attempts), COHORT):
         part = attempts[first : first + COHORT]
-        cohort = Cohort(engine, tokenizer, len(part), check)
+        cohort = Cohort(engine, tokenizer, len(part), check, repetition)
         threads = [_Member(order, task, env, cohort) for order, task in enumerate(part)]
         for thread in threads:
             thread.start()

@@ -8,30 +8,11 @@ from statistics import median
 from typing import Any
 
 from rl.config import StopSection
-from rl.rewards import RewardWeights, episode_returns
+from rl.samples import CUT, usable
 from rl.types import Episode
+from rl.window import Window
 
 STOP_WINDOW = 10
-
-
-def usable(episodes: Iterable[Episode]) -> list[Episode]:
-    """Episodes that were judged: infrastructure errors and aborted ones are left out."""
-    return [e for e in episodes if e.reward.status in ("done", "timeout")]
-
-
-def returns_by_group(
-    episodes: Sequence[Episode], weights: RewardWeights | None = None
-) -> list[float]:
-    """Return of each episode, in order; speed is judged within its group."""
-    groups: dict[int, list[int]] = {}
-    for position, episode in enumerate(episodes):
-        groups.setdefault(episode.group, []).append(position)
-    out = [0.0] * len(episodes)
-    for positions in groups.values():
-        values = episode_returns([episodes[p].reward for p in positions], weights)
-        for position, value in zip(positions, values, strict=True):
-            out[position] = value
-    return out
 
 
 @dataclass(frozen=True)
@@ -43,8 +24,9 @@ class Counts:
     tokens: int = 0
     cpu_s: float = 0.0
     seconds: float = 0.0
+    attempts: int = 0
 
-    def plus(self, episodes: Sequence[Episode], seconds: float) -> Counts:
+    def plus(self, episodes: Sequence[Episode], seconds: float, attempts: int = 0) -> Counts:
         """Totals after one more step. An episode that failed as a whole counts as one script."""
         scripts = [s for e in episodes for s in e.scripts]
         lost = sum(e.reward.status == "env_error" for e in episodes if not e.scripts)
@@ -54,6 +36,7 @@ class Counts:
             tokens=self.tokens + sum(len(c.response_ids) for e in episodes for c in e.calls),
             cpu_s=self.cpu_s + sum(s.cpu_s for s in scripts if not s.cached),
             seconds=self.seconds + seconds,
+            attempts=self.attempts + attempts,
         )
 
     @property
@@ -66,22 +49,72 @@ def rollout_metrics(episodes: Sequence[Episode], competitions: Sequence[str]) ->
     judged = usable(episodes)
     calls = [call for e in judged for call in e.calls]
     last = [e.scripts[-1] for e in judged if e.scripts]
-    out = {"reward/mle/mean": _mean(e.reward.outcome for e in judged)}
+    out = {
+        f"reward/{domain}/mean": _mean(e.reward.outcome for e in judged if e.domain == domain)
+        for domain in dict.fromkeys(e.domain for e in judged)
+    } or {"reward/mle/mean": 0.0}
     for name in competitions:
         mine = [e.reward.outcome for e in judged if e.task == name]
         if mine:
             out[f"reward/{name}/mean"] = _mean(mine)
+    if last or not judged:  # records of a pool have no scripts
+        out |= {
+            "rollout/valid_frac": _mean(s.valid for s in last),
+            "rollout/medal_frac": _mean(s.any_medal for s in last),
+            "rollout/timeout_frac": _mean(s.status == "timeout" for s in last),
+            "rollout/memory_frac": _mean(s.status == "memory" for s in last),
+        }
     out |= {
-        "rollout/valid_frac": _mean(s.valid for s in last),
-        "rollout/medal_frac": _mean(s.any_medal for s in last),
-        "rollout/timeout_frac": _mean(s.status == "timeout" for s in last),
-        "rollout/memory_frac": _mean(s.status == "memory" for s in last),
-        "rollout/truncated_frac": _mean(c.finish_reason == "length" for c in calls),
+        "rollout/truncated_frac": _mean(c.finish_reason in CUT for c in calls),
         "rollout/turns": _mean(len(e.calls) for e in judged),
         "rollout/tokens": _mean(sum(len(c.response_ids) for c in e.calls) for e in judged),
         "rollout/infra_frac": 1.0 - len(judged) / len(episodes) if episodes else 0.0,
     }
     return out
+
+
+def lag_metrics(episodes: Sequence[Episode], version: int) -> dict[str, float]:
+    """`lag/*`: how many updates of the policy came between sampling a token and training on it, by
+    the version spans of its call. A call without spans counts as sampled now."""
+    total = tokens = most = 0
+    for call in (call for e in episodes for call in e.calls):
+        tokens += len(call.response_ids)
+        for start, end, made_by in call.versions:
+            total += (end - start) * (version - made_by)
+            most = max(most, version - made_by)
+    return {"lag/mean": total / tokens if tokens else 0.0, "lag/max": float(most)}
+
+
+def window_metrics(window: Window[Any]) -> dict[str, float]:
+    """`window/*`: groups admitted since the head was, finished ones that the window holds back, and
+    slots in use."""
+    return {
+        "window/head_age": float(window.next - window.head),
+        "window/blocked_done": float(window.blocked_done),
+        "window/inflight": float(window.active),
+    }
+
+
+def perf_metrics(
+    episodes: Sequence[Episode],
+    seconds: float,
+    generate_s: float,
+    wait_s: float,
+    update_s: float,
+    sync_s: float = 0.0,
+) -> dict[str, float]:
+    """`perf/*` of a step of `seconds`: the trainer waited `wait_s` for its batch, of which
+    `generate_s` were spent generating and the rest executing."""
+    tokens = sum(len(c.response_ids) for e in episodes for c in e.calls)
+    return {
+        "perf/tokens_per_s": tokens / seconds,
+        "perf/step_s": seconds,
+        "perf/generate_s": generate_s,
+        "perf/execute_s": max(0.0, wait_s - generate_s),
+        "perf/update_s": update_s,
+        "perf/wait_batch_s": wait_s,
+        "perf/sync_s": sync_s,
+    }
 
 
 def sampled_entropy(episodes: Sequence[Episode]) -> float:

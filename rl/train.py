@@ -1,5 +1,8 @@
 """`python -m rl.train RUN.yaml --run-dir DIR [--resume] [-c FILE] [a.b=value …] [--dry-run]
-[--require-full-isolation]`.
+[--from-pool POOL] [--require-full-isolation]`.
+
+`--from-pool`: compute the updates of a run again from the pool that it wrote (`pool:` in its run
+file): no engine, no scripts, the same weights. `--dry-run`: the resolved file, then the plan.
 
 Exit codes: 0 done · 2 configuration · 5 infrastructure errors on over a tenth of the scripts ·
 6 non-finite loss or stop rule · 130 interrupted · 143 terminated, state saved.
@@ -21,6 +24,7 @@ from rl.cli import config_parser, main_guard, resolve_or_print
 from rl.config import RunConfig
 from rl.envs.mle.prompts import load_scaffold
 from rl.errors import ConfigError, StoppedError
+from rl.plan import plan_text
 from rl.splits import trainable_ids
 
 
@@ -59,9 +63,14 @@ def check_inputs(config: RunConfig) -> None:
     check_checkpoint(resolve_checkpoint(config.model.checkpoint))
 
 
+def plan(config: RunConfig) -> str:
+    """What `--dry-run` says of the run."""
+    return plan_text(config, trainable_ids(config.suite, config.competitions))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run; returns the exit code."""
-    parser = config_parser("rl.train", "train a policy with CISPO or expert iteration")
+    parser = config_parser("rl.train", "train a policy")
     parser.add_argument("--run-dir", type=Path, help="run directory (required unless --dry-run)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in the directory, if there is one"
@@ -71,10 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="refuse to run scripts on a host that cannot give every protection",
     )
+    parser.add_argument(
+        "--from-pool", metavar="POOL", help="train on a run's records: a file or postgresql:// URL"
+    )
     args = parser.parse_intermixed_args(argv)
     if args.require_full_isolation:
         args.overrides.append("sandbox.require_full_isolation=true")
-    config = resolve_or_print(RunConfig, args, check_inputs)
+    config = resolve_or_print(RunConfig, args, check_inputs, plan)
     if config is None:
         return 0
     if args.run_dir is None:
@@ -86,7 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rl.loop import run
         from rl.mle_parts import mle_parts
 
-        return run(config, args.run_dir, resume=args.resume, parts=mle_parts, check=signals.check)
+        return run(
+            config,
+            args.run_dir,
+            resume=args.resume,
+            parts=mle_parts,
+            check=signals.check,
+            from_pool=args.from_pool,
+        )
     finally:
         signals.restore()
 

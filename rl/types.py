@@ -90,6 +90,7 @@ class Episode:
     calls: tuple[CallRecord, ...]
     scripts: tuple[ScriptOutcome, ...]
     reward: RewardRecord
+    domain: str = "mle"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class Task:
     """One task, and (after `dataclasses.replace`) one attempt at it.
 
     `id` is the competition id, `prompt` the opening chat messages, `files` the folder whose files
-    a script sees, `split` one of `train`, `dev`, `val`. The rollout fills `episode`, `group`,
-    `index` and `sampling` for each attempt; an environment copies them into its records.
+    a script sees, `split` one of `train`, `dev`, `val`, `domain` the kind of its reward (advantages
+    are normalised by domain). The rollout fills `episode`, `group`, `index` and `sampling` for each
+    attempt; an environment copies them into its records.
     """
 
     id: str
@@ -120,6 +122,7 @@ class Task:
     index: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     facts: Any = None
+    domain: str = "mle"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rl.advantages import group_advantages
 from rl.config import StopSection
 from rl.engine import derive_seed
 from rl.expert_iteration import ExpertPool, round_ends
-from rl.rewards import RewardWeights, episode_returns, percentile_reward, speed_bonus
+from rl.rewards import RewardWeights, call_rewards, percentile_reward, speed_bonus
 from rl.rollout import plan_step
 from rl.step_metrics import Counts, drift, rollout_metrics
 from rl.types import CallRecord, Episode, RewardRecord, ScriptOutcome, Task
@@ -66,9 +66,9 @@ def test_speed_is_paid_only_on_success_and_against_the_groups_median() -> None:
         RewardRecord("b", 0.5, t_wall=3.0),
         RewardRecord("c", 0.0, t_wall=0.1),
     ]
-    out = episode_returns(records, RewardWeights(speed=0.2))
-    assert out == pytest.approx([0.5 + 0.2 * 0.5, 0.5 - 0.2 * 0.5, 0.0])
-    assert episode_returns(records) == [0.5, 0.5, 0.0]
+    out = call_rewards(records, [[], [], []], RewardWeights(speed=0.2))
+    assert [total for (total,) in out] == pytest.approx([0.5 + 0.2 * 0.5, 0.5 - 0.2 * 0.5, 0.0])
+    assert call_rewards(records, [[], [], []]) == [[0.5], [0.5], [0.0]]
     assert speed_bonus(1.0, 0.0, 0.5) == 0.0
 
 

@@ -1,0 +1,53 @@
+"""What a run would do, said before it does it (`rl.train --dry-run`). No torch here."""
+
+from __future__ import annotations
+
+from rl.config import RunConfig
+from rl.objective_text import objective_text
+
+SHOWN = 3
+
+
+def plan_text(config: RunConfig, competitions: tuple[str, ...]) -> str:
+    """Objective, steps, budget and rules, as YAML comments: the whole output still parses."""
+    budget, rollout = config.budget, config.rollout
+    scripts = budget.steps * budget.scripts_per_step
+    groups = config.groups_per_step
+    lines = [
+        f"objective: {objective_text(config)}",
+        f"steps: {budget.steps} × {groups} groups of {rollout.group_size}, "
+        f"{len(competitions)} competitions in turn: {_first_steps(config, competitions)}",
+        f"budget: {scripts} attempts, {scripts * rollout.turns} script executions, at most "
+        f"{scripts * rollout.turns * rollout.max_new_tokens} sampled tokens and "
+        f"{scripts * rollout.turns * config.env.cpu_seconds:g} CPU seconds of scripts",
+        f"updates: {budget.steps * config.optim.updates_per_batch} at lr {config.optim.lr:g} after "
+        f"{config.optim.warmup_steps} steps of warm-up"
+        if config.objective != "expert_iteration"
+        else f"updates: {config.expert_iteration.updates} at lr {config.expert_iteration.lr:g} "
+        f"after every {config.expert_iteration.round_steps} steps",
+        f"reward: {config.reward.process:g} · process + {config.reward.speed:g} · speed + outcome, "
+        f"γ {config.reward.gamma:g} · baseline: the other attempts of the group · deviation: "
+        + ("the group" if config.objective == "grpo" else "the batch's domain"),
+        f"groups without spread: {_dynamic(config)} · cut replies: {rollout.truncation.rule} · "
+        f"repetition stop: {rollout.repetition_stop.tokens} tokens in a row over "
+        f"{rollout.repetition_stop.probability:g}",
+        f"records: {config.pool or 'none kept'}",
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _first_steps(config: RunConfig, competitions: tuple[str, ...]) -> str:
+    groups = config.groups_per_step
+    parts = []
+    for step in range(min(SHOWN, config.budget.steps)):
+        names = [competitions[(step * groups + g) % len(competitions)] for g in range(groups)]
+        shown = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
+        parts.append(f"step {step + 1} {shown}")
+    return " · ".join(parts)
+
+
+def _dynamic(config: RunConfig) -> str:
+    refills = config.rollout.dynamic_sampling.refills
+    if not refills:
+        return "kept, with advantage 0"
+    return f"replaced, up to {refills} times a step, out of the same budget"
