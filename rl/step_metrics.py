@@ -75,14 +75,21 @@ def rollout_metrics(episodes: Sequence[Episode], competitions: Sequence[str]) ->
 
 def lag_metrics(episodes: Sequence[Episode], version: int) -> dict[str, float]:
     """`lag/*`: how many updates of the policy came between sampling a token and training on it, by
-    the version spans of its call. A call without spans counts as sampled now."""
-    total = tokens = most = 0
+    the version spans of its call (a call without spans counts as sampled now), and the share of
+    calls that more than one version made."""
+    total = tokens = most = calls = spanning = 0
     for call in (call for e in episodes for call in e.calls):
+        calls += 1
         tokens += len(call.response_ids)
+        spanning += len({made_by for _, _, made_by in call.versions}) > 1
         for start, end, made_by in call.versions:
             total += (end - start) * (version - made_by)
             most = max(most, version - made_by)
-    return {"lag/mean": total / tokens if tokens else 0.0, "lag/max": float(most)}
+    return {
+        "lag/mean": total / tokens if tokens else 0.0,
+        "lag/max": float(most),
+        "lag/spanning_frac": spanning / calls if calls else 0.0,
+    }
 
 
 def window_metrics(window: Window[Any]) -> dict[str, float]:

@@ -54,11 +54,17 @@ class Trainer(TrainerState):
     """AdamW over a `Transformer` that is also the one that generates (weights change in place)."""
 
     def __init__(
-        self, model: Transformer, optim: OptimSection, backward: Backward = backward_rows
+        self,
+        model: Transformer,
+        optim: OptimSection,
+        backward: Backward = backward_rows,
+        budget: int | None = None,
     ) -> None:
+        """`backward` computes gradients, in pieces of `budget` (default: `optim.micro_batch`)."""
         super().__init__(model, MasterAdamW(list(model.parameters()), optim))
         self.optim = optim
         self.backward = backward
+        self.budget = budget or optim.micro_batch
 
     def warmup(self, step: int, lr: float) -> float:
         """Linear warm-up over steps (from 1), then constant."""
@@ -96,7 +102,7 @@ class Trainer(TrainerState):
         for part in plan:
             if trained_counts(part)[0] == 0:
                 continue
-            sums = self.backward(self.model, part, objective, temperature, self.optim.micro_batch)
+            sums = self.backward(self.model, part, objective, temperature, self.budget)
             norms.append(self._step(sums.loss, lr))
             done.append(sums)
         self.version += 1
