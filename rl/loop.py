@@ -214,7 +214,7 @@ class Loop:
             self.folder.append_row(row)
             wandb.log(row)
             raise
-        row |= _dropped(got, config)
+        row |= {"rollout/attempts": float(got.attempts)} | _dropped(got, config)
         seconds, update_s = time.monotonic() - started, time.monotonic() - updating
         self.counts = self.counts.plus(got.episodes, seconds, got.attempts)
         row |= perf_metrics(got.episodes, seconds, got.generate_s, got.wall_s, update_s)
