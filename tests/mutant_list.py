@@ -20,6 +20,7 @@ CISPO = "tests/rl/test_rl_cispo.py::"
 ADVANTAGES = "tests/rl/test_rl_advantages.py::"
 CONFIG = "tests/rl/test_rl_config.py::"
 LOOP = "tests/rl/test_rl_loop.py::"
+LEARNER = "tests/rl/test_rl_learner.py::"
 MOE = "tests/model/test_model_moe.py::"
 PARITY = "tests/model/test_model_parity.py::"
 GENERATE = "tests/model/test_model_generate.py::"
@@ -61,23 +62,23 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "cispo-micro-batch-denominator",
-        "rl/cispo.py",
-        "        torch.full_like(logp_n, 1 / denominator, requires_grad=False),",
-        "        torch.full_like(logp_n, 1 / len(logp_n), requires_grad=False),",
+        "rl/backward.py",
+        "        share_n = shares(length_B.cpu(), objective.reduction, tokens, calls)",
+        "        share_n = shares(length_B.cpu(), objective.reduction, len(logp_n), calls)",
         (f"{CISPO}test_gradient_equals_the_naive_formula",),
     ),
     Mutant(
         "advantage-sign",
         "rl/advantages.py",
-        "        advantage_N[members] = values - others_mean",
-        "        advantage_N[members] = others_mean - values",
+        "        advantage_N[members] = values - baseline_N[members]",
+        "        advantage_N[members] = baseline_N[members] - values",
         (f"{ADVANTAGES}test_better_attempts_get_positive_advantages",),
     ),
     Mutant(
         "advantage-own-return-in-baseline",
         "rl/advantages.py",
-        "        others_mean = (values.sum() - values) / (len(values) - 1)",
-        "        others_mean = values.mean()",
+        "        baseline_N[members] = (values.sum() - values) / (len(values) - 1)",
+        "        baseline_N[members] = values.mean()",
         (f"{ADVANTAGES}test_leave_one_out_and_batch_normalisation",),
     ),
     Mutant(
@@ -96,10 +97,38 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "constrained-replies-are-trained-on",
-        "rl/loop.py",
-        "    if any(call.constrained for episode in episodes for call in episode.calls):",
+        "rl/samples.py",
+        "    if call.constrained:",
         "    if False:",
         (f"{LOOP}test_grammar_constrained_replies_are_refused_as_training_data",),
+    ),
+    Mutant(
+        "minibatches-keep-the-first-weights",
+        "rl/trainer.py",
+        "            norms.append(self._step(sums.loss, lr))",
+        "            norms.append(self._step(sums.loss, lr if not norms else 0.0))",
+        (f"{LEARNER}test_ceiling_and_clip_act_from_the_second_update_on",),
+    ),
+    Mutant(
+        "refills-are-free",
+        "rl/collect.py",
+        "            count = min(short, self._affordable(spent + made * size))",
+        "            count = min(short, self._affordable(spent))",
+        (f"{LEARNER}test_groups_without_spread_are_replaced_inside_the_budget",),
+    ),
+    Mutant(
+        "reward-to-go-looks-back",
+        "rl/rewards.py",
+        "    for reward in reversed(rewards):",
+        "    for reward in rewards:",
+        ("tests/rl/test_rl_rewards.py::test_reward_to_go_is_the_discounted_sum_of_what_follows",),
+    ),
+    Mutant(
+        "one-deviation-for-all-domains",
+        "rl/advantages.py",
+        "        parts = [domains_N == domain for domain in np.unique(domains_N)]",
+        "        parts = [domains_N == domains_N]",
+        ("tests/rl/test_rl_rewards.py::test_a_domain_of_wide_rewards_does_not_drown_another",),
     ),
     Mutant(
         "held-out-ids-are-trained-on",

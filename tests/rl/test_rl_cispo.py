@@ -15,10 +15,11 @@ from model.config import ModelConfig
 from model.generate import Engine
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from rl.cispo import cispo_terms, describe
+from rl import objectives
 from rl.config import OptimSection
 from rl.engine import Cohort
 from rl.errors import DivergedError
+from rl.objectives import Tokens
 from rl.trainer import Sample, Trainer
 
 CONFIG = ModelConfig(
@@ -37,11 +38,18 @@ CONFIG = ModelConfig(
 )
 
 
+def cispo_terms(logp_BT, rollout_BT, advantage_B, mask_BT, ceiling, denominator):  # type: ignore[no-untyped-def]
+    """`objectives.cispo` over the masked tokens of rows."""
+    logp_n = logp_BT[mask_BT]
+    advantage_n = advantage_B[:, None].expand_as(mask_BT)[mask_BT].to(logp_n.dtype)
+    share_n = torch.full_like(logp_n, 1 / denominator, requires_grad=False)
+    tokens = Tokens(logp_n, rollout_BT[mask_BT], advantage_n, share_n)
+    return objectives.cispo(ceiling).loss(tokens)
+
+
 def terms(logp: torch.Tensor, rollout: torch.Tensor, advantage: torch.Tensor, ceiling: float = 5.0):  # type: ignore[no-untyped-def]
     mask = torch.ones_like(logp, dtype=torch.bool)
-    return cispo_terms(
-        logp, rollout, advantage, mask, is_weight_max=ceiling, denominator=logp.numel()
-    )
+    return cispo_terms(logp, rollout, advantage, mask, ceiling, logp.numel())
 
 
 def test_closed_form_and_gradient_only_through_the_log_prob() -> None:
@@ -89,14 +97,14 @@ def test_masked_tokens_may_hold_nan() -> None:
     logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     rollout = torch.tensor([[float("nan"), -2.0]])
     mask = torch.tensor([[False, True]])
-    out = cispo_terms(logp, rollout, torch.ones(1), mask, is_weight_max=5.0, denominator=1)
+    out = cispo_terms(logp, rollout, torch.ones(1), mask, 5.0, 1)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(2.0)
     assert logp.grad.tolist() == [[0.0, -1.0]]
 
 
 def test_description_names_band_anchor_and_denominator() -> None:
-    text = describe(5.0)
+    text = objectives.cispo(5.0).text
     assert all(word in text for word in ("[0, 5]", "recorded", "optimiser step", "no floor"))
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,18 @@ def test_ceiling_and_clip_act_from_the_second_update_on(
 ) -> None:
     model = load_model(home / "start")
     optim = OptimSection(warmup_steps=0, updates_per_batch=4, passes=passes)
-    stats = Trainer(model, optim).update(
-        sampled(model), objective, lr=1e-2, temperature=1.0, seed=3
-    )
+    trainer, weights = Trainer(model, optim), []
+    step = trainer._step
+
+    def note(loss: float, lr: float) -> float:
+        norm = step(loss, lr)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return norm
+
+    trainer._step = note  # type: ignore[method-assign]
+    stats = trainer.update(sampled(model), objective, lr=1e-2, temperature=1.0, seed=3)
+    moved = [float((b - a).abs().max()) for a, b in pairwise(weights)]
+    assert len(moved) == 3 and min(moved) > 1e-3
     first, *later = stats.updates
     assert len(later) == 3
     assert first.capped == 0
