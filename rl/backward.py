@@ -60,8 +60,10 @@ class Backward(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples as padded rows on the model's device. `mask` is True on trained tokens."""
+    """Samples as padded rows on the model's device. `mask` is True on trained tokens, `trained`
+    counts them by row, on the host."""
 
+    trained: Tensor
     ids: Tensor
     lengths: Tensor
     mask: Tensor
@@ -73,7 +75,7 @@ def trained_counts(samples: Sequence[Sample]) -> tuple[int, int, int]:
     """Trained tokens, calls that have any, and recorded log-probs that are not finite."""
     tokens = calls = nonfinite = 0
     for sample in samples:
-        bad = sum(not math.isfinite(x) for x in sample.logprobs)
+        bad = len(sample.logprobs) - sum(map(math.isfinite, sample.logprobs))
         good = len(sample.response_ids) - bad
         tokens, calls, nonfinite = tokens + good, calls + (good > 0), nonfinite + bad
     return tokens, calls, nonfinite
@@ -94,8 +96,7 @@ def backward_rows(
         rows = rows_of(order[i : i + budget], model)
         scores = score_rows(model, rows, temperature)
         logp_n = scores.logp_BT[rows.mask]
-        length_B = rows.mask.sum(dim=1)
-        share_n = shares(length_B.cpu(), objective.reduction, tokens, calls)
+        share_n = shares(rows.trained, objective.reduction, tokens, calls)
         term = objective.loss(
             Tokens(
                 logp_n,
@@ -146,6 +147,7 @@ def rows_of(samples: Sequence[Sample], model: Transformer) -> Rows:
     mask &= rollout.isfinite()
     device, dtype = model.device, model.dtype
     return Rows(
+        mask.sum(dim=1),
         ids.to(device),
         torch.tensor([s.length for s in samples], device=device),
         mask.to(device),

@@ -152,7 +152,7 @@ class Loop:
         self.rows: list[Row] = []
         self.done = 0  # finished steps
         self.saved = 0  # step of the newest checkpoint
-        self.last = False  # no step follows the last one that was done
+        self.last = False  # no step follows the one that is being done
 
     # ---------------------------------------------------------- steps
 
@@ -175,7 +175,6 @@ class Loop:
                     break
                 self.done = step
                 self.rows.append(row)
-                self.last = step == steps or not source.left(step + 1, self.counts.attempts)
                 if self.last or step % self.config.checkpoint_every == 0:
                     self._save(row)
                 self.folder.append_row(row)
@@ -202,11 +201,10 @@ class Loop:
         row: Row = {"step": step, "t": time.time()}
         row |= rollout_metrics(got.episodes, config.competitions)
         updating = time.monotonic()
-        last = step == config.budget.steps or not source.left(
-            step + 1, self.counts.attempts + got.attempts
-        )
+        spent = self.counts.attempts + got.attempts
+        self.last = step == config.budget.steps or not source.left(step + 1, spent)
         try:
-            row |= self.learner.learn(step, got.learnt, last)
+            row |= self.learner.learn(step, got.learnt, self.last)
             self.trainer.check_alive(source.prompts)
         except DivergedError:
             # the failed step's row, with its loss as NaN; no checkpoint goes with it

@@ -63,8 +63,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "cispo-micro-batch-denominator",
         "rl/backward.py",
-        "        share_n = shares(length_B.cpu(), objective.reduction, tokens, calls)",
-        "        share_n = shares(length_B.cpu(), objective.reduction, len(logp_n), calls)",
+        "        share_n = shares(rows.trained, objective.reduction, tokens, calls)",
+        "        share_n = shares(rows.trained, objective.reduction, len(logp_n), calls)",
         (f"{CISPO}test_gradient_equals_the_naive_formula",),
     ),
     Mutant(
