@@ -24,10 +24,35 @@ from rl.objectives import Objective, Tokens, shares
 from rl.samples import Sample
 
 
-@dataclass(frozen=True)
-class Sums:
+class UpdateSums(Protocol):
     """Figures of one update. `loss` is the whole loss; `*_sum` run over its `tokens` trained tokens
     (nats); `nonfinite` counts recorded log-probs that were left out. `figures` go into the row."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def nonfinite(self) -> int: ...
+    @property
+    def weight_sum(self) -> float: ...
+    @property
+    def weight_max(self) -> float: ...
+    @property
+    def capped(self) -> int: ...
+    @property
+    def kl_sum(self) -> float: ...
+    @property
+    def kl_max(self) -> float: ...
+    @property
+    def entropy_sum(self) -> float: ...
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Sums:
+    """`UpdateSums` of `backward_rows`."""
 
     loss: float
     tokens: int
@@ -55,7 +80,7 @@ class Backward(Protocol):
         objective: Objective,
         temperature: float,
         budget: int,
-    ) -> Sums: ...
+    ) -> UpdateSums: ...
 
 
 @dataclass(frozen=True)
