@@ -141,6 +141,8 @@ def drift(rows: Sequence[dict[str, Any]], rule: StopSection) -> str | None:
     norms = [row["policy/grad_norm"] for row in before if "policy/grad_norm" in row]
     if not norms or "policy/grad_norm" not in now:
         return None
+    if any("rollout/valid_frac" not in row for row in (*before, now)):
+        return None  # computed again from records: there are no scripts
     usual_norm = median(norms)
     usual_valid = median(row["rollout/valid_frac"] for row in before)
     norm, valid = now["policy/grad_norm"], now["rollout/valid_frac"]

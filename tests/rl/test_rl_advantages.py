@@ -137,3 +137,7 @@ def test_stop_rule_needs_both_signs_of_drift() -> None:
     assert drift(rows(0.3, 0.9), rule) is None
     assert drift(rows(0.15, 0.5), rule) is None
     assert drift(rows(0.3, 0.7), StopSection()) is None
+    without_scripts = [
+        {k: v for k, v in row.items() if not k.endswith("valid_frac")} for row in rows(0.3, 0.7)
+    ]
+    assert drift(without_scripts, rule) is None
