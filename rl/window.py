@@ -11,7 +11,7 @@ slow group by more than W − 1, and W chooses between strict order (W = 1) and 
     the policy that trains on it is at most ⌊(N + W − 2) / P⌋ versions newer than the one that
     began it. Proof, and the trace of Fig. 5: docs/windowed_fifo.md.
 
-One thread at a time; `rl.supervisor` is the caller.
+One thread at a time. It has no clock: deadlines are the caller's, who finishes what they end.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ class Frontier:
     head: int = 0
     taken: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.head < 0 or any(index <= self.head for index in self.taken):
+            raise ValueError(
+                f"a frontier with head {self.head} and {list(self.taken)} taken; the head is the "
+                "oldest group not yet taken, so those taken out of turn lie above it"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"head": self.head, "taken": list(self.taken)}
@@ -57,7 +64,11 @@ class Frontier:
 
 
 class Window(Generic[T]):
-    """`slots` is N, `window` is W (1 ≤ W ≤ N). `start` goes on from a checkpoint's frontier."""
+    """`slots` is N, `window` is W (1 ≤ W ≤ N). `start` goes on from a checkpoint's frontier.
+
+    A group is anything that ends: `finish` takes whatever stands for its result, a deadline that
+    passed included. Raises ValueError for calls that no correct caller makes.
+    """
 
     def __init__(self, slots: int, window: int, start: Frontier = Frontier()) -> None:
         if not 1 <= window <= slots:
@@ -69,11 +80,23 @@ class Window(Generic[T]):
         self._running: set[int] = set()
         self._taken: set[int] = set(start.taken)  # at or above the head
         self._held = 0  # taken, but not yet released
+        self._count = 0  # taken by this window
+        self._admitted: dict[int, int] = {}  # `_count` then, of those not yet taken
 
     @property
     def active(self) -> int:
         """Slots in use."""
         return len(self._running) + len(self._done) + self._held
+
+    @property
+    def overtaken(self) -> int:
+        """Groups taken past the head: at most W − 1."""
+        return len(self._taken)
+
+    @property
+    def head_age(self) -> int:
+        """Groups taken since the head was admitted (0 if it is not yet): at most N + W − 2."""
+        return self._count - self._admitted.get(self.head, self._count)
 
     @property
     def blocked_done(self) -> int:
@@ -95,6 +118,7 @@ class Window(Generic[T]):
         index = self.next
         self.next += 1
         self._running.add(index)
+        self._admitted[index] = self._count
         return index
 
     def finish(self, index: int, result: T) -> None:
@@ -111,6 +135,8 @@ class Window(Generic[T]):
                 result = self._done.pop(index)
                 self._taken.add(index)
                 self._held += 1
+                self._count += 1
+                del self._admitted[index]
                 while self.head in self._taken:
                     self._taken.discard(self.head)
                     self.head += 1
