@@ -13,7 +13,8 @@ simulator alone runs more and longer draws. Kinds of `rows`:
     frontier  W from 1 to N: rate against fifo on the same draws (mean, 95 % interval), lag
     buffer    fifo with more slots, still 64 workers: the other way to spend lag
     spread    W = 0.3 N against fifo, by σ of the lognormal and time a step
-    deadline  W = 0.3 N against fifo, groups cut off at a multiple of the mean
+    deadline  W = 0.3 N, groups cut off at a multiple of the mean: against fifo, and without
+    cost      microseconds a group of window and simulator
 
 Figures, each the worst workload's: `sim_error_max` over all process runs; `windowed_vs_fifo` and
 `windowed_vs_greedy`, ratios of rates by processes, `sim_windowed_vs_fifo` simulated; `max_lag` of
@@ -27,6 +28,7 @@ import math
 import random
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -173,15 +175,14 @@ def when_it_pays(steps: int, seeds: int) -> list[Row]:
     window = window_size("windowed", SLOTS)
     rows: list[Row] = []
 
-    def gain(draws: Sequence[Sequence[float]], train_s: float, deadline_s: float) -> float:
-        ratios = []
-        for durations in draws:
-            one, other = (
-                simulate(durations, Setup(SLOTS, size, GROUPS, train_s, deadline_s), steps)
-                for size in (1, window)
-            )
-            ratios.append(one.makespan_s / other.makespan_s)
-        return statistics.fmean(ratios)
+    def seconds(
+        draws: Sequence[Sequence[float]], size: int, train_s: float, deadline_s: float = math.inf
+    ) -> list[float]:
+        asked = Setup(SLOTS, size, GROUPS, train_s, deadline_s)
+        return [simulate(durations, asked, steps).makespan_s for durations in draws]
+
+    def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+        return statistics.fmean(a / b for a, b in zip(one, other, strict=True))
 
     def logs(seed: int) -> list[float]:
         return [math.log(x) + 0.5 for x in draw("lognormal", steps * GROUPS + SLOTS, seed)]
@@ -194,22 +195,41 @@ def when_it_pays(steps: int, seeds: int) -> list[Row]:
                 "kind": "spread",
                 "sigma": sigma,
                 "train_s": train_s,
-                "vs_fifo": gain(draws, train_s, math.inf),
+                "vs_fifo": ratio(seconds(draws, 1, train_s), seconds(draws, window, train_s)),
             }
             for train_s in TRAIN_TIMES
         ]
     for workload in WORKLOADS:
         draws = [draw(workload, steps * GROUPS + SLOTS, seed) for seed in range(1, seeds + 1)]
-        rows += [
-            {
+        whole = seconds(draws, window, TRAIN_S)
+        for deadline_s in DEADLINES:
+            cut = seconds(draws, window, TRAIN_S, deadline_s)
+            row = {
                 "kind": "deadline",
                 "workload": workload,
                 "deadline_s": deadline_s,
                 "cut_share": statistics.fmean(d > deadline_s for seed in draws for d in seed),
-                "vs_fifo": gain(draws, TRAIN_S, deadline_s),
+                "vs_fifo": ratio(seconds(draws, 1, TRAIN_S, deadline_s), cut),
+                "vs_no_deadline": ratio(whole, cut),
             }
-            for deadline_s in DEADLINES
-        ]
+            rows.append(row)
+    return rows
+
+
+def cost() -> list[Row]:
+    """Microseconds a group for `Window` and simulator together, also at the size of the blog's."""
+    rows: list[Row] = []
+    for slots in (SLOTS, 8192):
+        durations = draw("lognormal", 5 * slots, seed=0)
+        asked = Setup(slots, window_size("windowed", slots), slots // 4, TRAIN_S)
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            groups = len(simulate(durations, asked, 16).takes)
+            took.append((time.perf_counter() - start) / groups * 1e6)
+        rows.append(
+            {"kind": "cost", "slots": slots, "window": asked.window, "us_a_group": min(took)}
+        )
     return rows
 
 
@@ -248,6 +268,7 @@ def main() -> None:
     for workload in WORKLOADS:
         rows += frontier(workload, args.steps, args.seeds)
     rows += when_it_pays(args.steps, args.seeds)
+    rows += cost()
     if args.svg:
         args.svg.write_text(frontier_svg(rows), encoding="utf-8")
     emit(report("window", figures(rows), rows, packages=("scipy",)), args.json)

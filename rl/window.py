@@ -11,11 +11,12 @@ slow group by more than W − 1, and W chooses between strict order (W = 1) and 
     the policy that trains on it is at most ⌊(N + W − 2) / P⌋ versions newer than the one that
     began it. Proof, and the trace of Fig. 5: docs/windowed_fifo.md.
 
-One thread at a time. It has no clock: deadlines are the caller's, who finishes what they end.
+One thread at a time; `rl.forge.supervisor` is the caller.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -66,8 +67,8 @@ class Frontier:
 class Window(Generic[T]):
     """`slots` is N, `window` is W (1 ≤ W ≤ N). `start` goes on from a checkpoint's frontier.
 
-    A group is anything that ends: `finish` takes whatever stands for its result, a deadline that
-    passed included. Raises ValueError for calls that no correct caller makes.
+    A group is anything that ends. There is no clock here: a deadline that passes is a result like
+    any other, and the caller's to `finish`. Raises ValueError for calls that no correct caller makes.
     """
 
     def __init__(self, slots: int, window: int, start: Frontier = Frontier()) -> None:
@@ -77,6 +78,7 @@ class Window(Generic[T]):
         self.head, self.next = start.head, start.head
         self._skip = set(start.taken)  # taken before the checkpoint: never admitted again
         self._done: dict[int, T] = {}
+        self._order: list[int] = []  # the keys of `_done` as a heap
         self._running: set[int] = set()
         self._taken: set[int] = set(start.taken)  # at or above the head
         self._held = 0  # taken, but not yet released
@@ -127,21 +129,21 @@ class Window(Generic[T]):
             raise ValueError(f"group {index} is not running")
         self._running.discard(index)
         self._done[index] = result
+        heapq.heappush(self._order, index)
 
     def take(self) -> tuple[int, T] | None:
         """The oldest finished group inside the window, or None. Its slot stays in use."""
-        for index in range(self.head, self.head + self.window):
-            if index in self._done:
-                result = self._done.pop(index)
-                self._taken.add(index)
-                self._held += 1
-                self._count += 1
-                del self._admitted[index]
-                while self.head in self._taken:
-                    self._taken.discard(self.head)
-                    self.head += 1
-                return index, result
-        return None
+        if not self._order or self._order[0] >= self.head + self.window:
+            return None
+        index = heapq.heappop(self._order)
+        self._taken.add(index)
+        self._held += 1
+        self._count += 1
+        del self._admitted[index]
+        while self.head in self._taken:
+            self._taken.discard(self.head)
+            self.head += 1
+        return index, self._done.pop(index)
 
     def release(self, count: int) -> None:
         """Free the slots of groups taken before: after the optimiser step and the weight sync, or
