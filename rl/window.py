@@ -68,7 +68,7 @@ class Window(Generic[T]):
     """`slots` is N, `window` is W (1 ≤ W ≤ N). `start` goes on from a checkpoint's frontier.
 
     A group is anything that ends. There is no clock here: a deadline that passes is a result like
-    any other, and the caller's to `finish`. Raises ValueError for calls that no correct caller makes.
+    any other, and the caller's to `finish`. Wrong calls raise ValueError.
     """
 
     def __init__(self, slots: int, window: int, start: Frontier = Frontier()) -> None:
