@@ -14,6 +14,7 @@ simulator alone runs more and longer draws. Kinds of `rows`:
     buffer    fifo with more slots, still 64 workers: the other way to spend lag
     spread    W = 0.3 N against fifo, by σ of the lognormal and time a step
     deadline  W = 0.3 N, groups cut off at a multiple of the mean: against fifo, and without
+    draws     W = 0.3 N against fifo in runs as short as those by processes, 20 draws
     cost      microseconds a group of window and simulator
 
 Figures, each the worst workload's: `sim_error_max` over all process runs; `windowed_vs_fifo` and
@@ -51,6 +52,7 @@ SPREADS = (0.0, 0.25, 0.5, 1.0, 1.5)
 TRAIN_TIMES = (0.25, 1.0, 2.0, 4.0)
 DEADLINES = (2.0, 4.0, 8.0)
 PROCESS_STEPS, STEPS, SEEDS = 64, 200, 10
+DRAWS, TARGET = 20, 1.05
 
 Row = dict[str, Any]
 
@@ -216,6 +218,33 @@ def when_it_pays(steps: int, seeds: int) -> list[Row]:
     return rows
 
 
+def single_draws(steps: int) -> list[Row]:
+    """How much the ratio of one short run says: W = 0.3 N against fifo, draw by draw."""
+    rows: list[Row] = []
+    for workload in WORKLOADS:
+        gains = []
+        for seed in range(DRAWS):
+            durations = draw(workload, steps * GROUPS + SLOTS, seed)
+            fifo, windowed = (
+                simulate(durations, setup(size), steps).makespan_s
+                for size in (1, window_size("windowed", SLOTS))
+            )
+            gains.append(fifo / windowed)
+        below = sum(gain < TARGET for gain in gains)
+        rows.append(
+            {
+                "kind": "draws",
+                "workload": workload,
+                "steps": steps,
+                "draws": DRAWS,
+                "below_target": below,
+                "least": min(gains),
+                "median": statistics.median(gains),
+            }
+        )
+    return rows
+
+
 def cost() -> list[Row]:
     """Microseconds a group for `Window` and simulator together, also at the size of the blog's."""
     rows: list[Row] = []
@@ -268,6 +297,7 @@ def main() -> None:
     for workload in WORKLOADS:
         rows += frontier(workload, args.steps, args.seeds)
     rows += when_it_pays(args.steps, args.seeds)
+    rows += single_draws(args.process_steps)
     rows += cost()
     if args.svg:
         args.svg.write_text(frontier_svg(rows), encoding="utf-8")
