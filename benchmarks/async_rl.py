@@ -67,7 +67,7 @@ class Size:
 
 SMALL = Size(scripts=16, group=4, workers=2, episodes=16, sandboxes=2)
 LARGE = Size(scripts=128, group=8, workers=4, episodes=96, sandboxes=3)
-VLLM_OPTIONS = ("--max-batch", "256", "--dtype", "bfloat16")
+VLLM_OPTIONS = ("--max-batch", "256", "--dtype", "bfloat16", "--cache-tokens", "400000")
 LIMIT_S = 1800.0
 
 

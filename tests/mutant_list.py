@@ -19,6 +19,8 @@ class Mutant:
 CISPO = "tests/rl/test_rl_cispo.py::"
 ADVANTAGES = "tests/rl/test_rl_advantages.py::"
 CONFIG = "tests/rl/test_rl_config.py::"
+WINDOW = "tests/rl/test_rl_window.py::"
+WINDOW_SIM = "tests/rl/test_rl_window_sim.py::"
 LOOP = "tests/rl/test_rl_loop.py::"
 LEARNER = "tests/rl/test_rl_learner.py::"
 MOE = "tests/model/test_model_moe.py::"
@@ -136,6 +138,41 @@ MUTANTS: tuple[Mutant, ...] = (
         '        if competition in held_out or split not in (None, "train"):',
         "        if False:",
         (f"{CONFIG}test_train_ids_and_unknown_ids",),
+    ),
+    Mutant(
+        "window-one-wider",
+        "rl/window.py",
+        "        if not self._order or self._order[0] >= self.head + self.window:",
+        "        if not self._order or self._order[0] > self.head + self.window:",
+        (f"{WINDOW}test_the_trace_of_figure_5",),
+    ),
+    Mutant(
+        "window-not-anchored",
+        "rl/window.py",
+        "        while self.head in self._taken:",
+        "        while self._taken and self.head <= max(self._taken):",
+        (f"{WINDOW}test_every_call_does_what_the_report_says",),
+    ),
+    Mutant(
+        "window-frees-slots-early",
+        "rl/window.py",
+        "        return len(self._running) + len(self._done) + self._held",
+        "        return len(self._running) + len(self._done)",
+        (f"{WINDOW}test_the_bound_holds",),
+    ),
+    Mutant(
+        "window-forgets-out-of-turn",
+        "rl/window.py",
+        "        while self.next in self._skip:",
+        "        while False:",
+        (f"{WINDOW}test_a_restart_takes_every_group_once",),
+    ),
+    Mutant(
+        "window-sim-keeps-dropped",
+        "rl/window_sim.py",
+        "                    freed = True",
+        "                    freed = False",
+        (f"{WINDOW_SIM}test_equals_a_ticking_clock",),
     ),
     # ---------------------------------------------------------------- model
     Mutant(
