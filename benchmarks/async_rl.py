@@ -157,15 +157,19 @@ def train(name: str, folder: Path, settings: Sequence[str], log: Path) -> float:
     config.write_text("model: {checkpoint: nano}\n", encoding="utf-8")
     command = [sys.executable, "-m", "rl.train", str(config), "--run-dir", str(folder), *settings]
     started = time.monotonic()
+    code: int | str
     with log.open("w") as out:
-        code = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        ).returncode
+        try:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT_S,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = f"no result within {LIMIT_S:.0f} s"
     if code:
         logs = [log, *sorted((folder / "forge").glob("*.log"))]
         words = "\n".join(f"--- {path.name}\n{path.read_text()[-2500:]}" for path in logs)
@@ -270,6 +274,8 @@ def main() -> None:
             rows.append(measure(name, run, args.warm_up, tail) | {"run_s": seconds})
             shown = {k: round(v, 3) for k, v in rows[-1].items() if isinstance(v, float)}
             print(f"{name}: {shown}", file=sys.stderr, flush=True)
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
