@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from model.errors import ModelError
@@ -59,10 +60,12 @@ class ToolCallError(ModelError):
 
 
 class Span(NamedTuple):
-    """A piece of a prompt: one special token, or text in which no special token may arise."""
+    """A piece of a prompt: one special token, text in which no special token may arise, or (where
+    there are any) these very `ids`."""
 
     text: str
     special: bool
+    ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,29 @@ def render_ids(
     return _encode(_spans(messages, tools, add_generation_prompt), tokenizer)
 
 
+def render_around_ids(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Tokenizer,
+    sampled: Mapping[int, Sequence[int]],
+) -> list[int]:
+    """`render_ids`, but `messages[i]` is said with the ids `sampled[i]`, end mark included, as a
+    model wrote them: its thinking stays, and nothing of it is encoded again."""
+    return _encode(_spans(messages, tools, True, sampled), tokenizer)
+
+
+def render_next_ids(
+    messages: Sequence[Message], tokenizer: Tokenizer, sampled: Mapping[int, Sequence[int]]
+) -> list[int]:
+    """What follows the end mark of an assistant turn: further messages and the next reply's
+    beginning. No message may be of the system, whose place is the head. `sampled` as above.
+
+    No token reaches over an end mark: the ids before it and these are the ids of the whole.
+    """
+    turns = [(m, role_of(m, i), sampled.get(i, ())) for i, m in enumerate(messages)]
+    return tokenizer.encode("\n", specials=False) + _encode(_turns(turns, True), tokenizer)
+
+
 def render_reply(message: Message) -> str:
     """The text a model writes after the generation prompt to say this assistant message."""
     return "".join(span.text for span in _reply_spans(message))
@@ -125,7 +151,7 @@ def _encode(spans: Iterator[Span], tokenizer: Tokenizer) -> list[int]:
             continue
         ids += tokenizer.encode("".join(text), specials=False)
         text.clear()
-        ids.append(tokenizer.token_id(span.text))
+        ids += span.ids or (tokenizer.token_id(span.text),)
     return ids + tokenizer.encode("".join(text), specials=False)
 
 
@@ -133,9 +159,10 @@ def _spans(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
+    sampled: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Iterator[Span]:
-    roles = [_role(message, index) for index, message in enumerate(messages)]
-    system = [_text(m) for m, role in zip(messages, roles, strict=True) if role == "system"]
+    roles = [role_of(message, index) for index, message in enumerate(messages)]
+    system = [text_of(m) for m, role in zip(messages, roles, strict=True) if role == "system"]
     yield Span(BOS, True)
     yield from _open("system")
     yield _plain("\n\n".join(system) if system else DEFAULT_SYSTEM)
@@ -143,16 +170,31 @@ def _spans(
         yield from _tools_block(tools)
     yield from _close()
 
-    turns = [(m, role) for m, role in zip(messages, roles, strict=True) if role != "system"]
-    last_user = max((i for i, (_, role) in enumerate(turns) if role == "user"), default=-1)
-    for index, (message, role) in enumerate(turns):
+    turns = [
+        (message, role, sampled.get(index, ()))
+        for index, (message, role) in enumerate(zip(messages, roles, strict=True))
+        if role != "system"
+    ]
+    yield from _turns(turns, add_generation_prompt)
+
+
+def _turns(
+    turns: Sequence[tuple[Message, str, Sequence[int]]], add_generation_prompt: bool
+) -> Iterator[Span]:
+    """What is said after the head; each message with its role, and its ids if it was sampled."""
+    last_user = max((i for i, (_, role, _) in enumerate(turns) if role == "user"), default=-1)
+    for index, (message, role, ids) in enumerate(turns):
         if role == "user":
             yield from _open("user")
-            yield _plain(_text(message))
+            yield _plain(text_of(message))
             yield from _close()
         elif role == "ai":
             yield from _open("ai")
-            if index > last_user:
+            if ids:
+                yield Span(THINK, True)
+                yield _plain("\n")
+                yield Span("", True, ids)
+            elif index > last_user:
                 yield Span(THINK, True)
                 yield _plain("\n")
                 yield from _reply_spans(message)
@@ -166,7 +208,7 @@ def _spans(
             if first:
                 yield Span(ROLE, True)
                 yield _plain("tool")
-            yield _plain(f"\n<response>{_text(message)}</response>")
+            yield _plain(f"\n<response>{text_of(message)}</response>")
             if last:
                 yield from _close()
     if add_generation_prompt:
@@ -202,7 +244,7 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
 
 
 def _reply_spans(message: Message) -> Iterator[Span]:
-    reasoning, _ = _split_thinking(message)
+    reasoning, _ = split_thinking(message)
     yield _plain(reasoning + "\n" if reasoning else "")
     yield Span(THINK_END, True)
     yield _plain("\n\n")
@@ -211,7 +253,7 @@ def _reply_spans(message: Message) -> Iterator[Span]:
 
 
 def _visible_spans(message: Message) -> Iterator[Span]:
-    _, content = _split_thinking(message)
+    _, content = split_thinking(message)
     calls = message.get("tool_calls") or []
     yield _plain(content)
     if not calls:
@@ -247,7 +289,7 @@ def _invoke(call: object) -> str:
     return "\n".join([*lines, "</invoke>"]) + "\n"
 
 
-def _role(message: Message, index: int) -> str:
+def role_of(message: Message, index: int) -> str:
     roles = {"system": "system", "developer": "system", "user": "user", "tool": "tool"}
     roles["assistant"] = "ai"
     role = message.get("role")
@@ -258,7 +300,7 @@ def _role(message: Message, index: int) -> str:
     return roles[role]
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
     """Content as text; a list of `{"type": "text", "text": …}` parts is joined."""
     content = message.get("content")
     if content is None:
@@ -275,9 +317,9 @@ def _text(message: Message) -> str:
     return "".join(parts)
 
 
-def _split_thinking(message: Message) -> tuple[str, str]:
+def split_thinking(message: Message) -> tuple[str, str]:
     """Reasoning and visible text; clients that keep thinking inside the content are understood."""
-    content = _text(message)
+    content = text_of(message)
     reasoning = message.get("reasoning_content")
     if reasoning is None and THINK_END in content:
         head, _, content = content.partition(THINK_END)
@@ -383,6 +425,26 @@ def _what_is_wrong(rest: str) -> str:
 def _hints(specs: Mapping[str, Tool]) -> str:
     text = "; ".join(hint(tool) for tool in specs.values()) or "no tools"
     return text if len(text) <= _MAX_SCHEMA_HINT else text[: _MAX_SCHEMA_HINT - 1] + "…"
+
+
+def read_reply(
+    text: str, tools: Sequence[Mapping[str, Any]] | None, finish: str, salt: str
+) -> tuple[ParsedReply, str | None, bool]:
+    """The reply, why a call in it was no call, and whether it took the one repair.
+
+    A reply that was cut off is never repaired: half an argument must not be run.
+    """
+    try:
+        return parse(text, tools, check_schema=False, id_salt=salt), None, False
+    except ToolCallError as error:
+        reason = str(error)
+    if finish not in ("length", "abort"):
+        try:
+            mended = repair(text, tools)
+            return parse(mended, tools, check_schema=False, id_salt=salt), None, True
+        except ToolCallError as error:
+            reason = str(error)
+    return parse(text, None, id_salt=salt), reason, False
 
 
 # ---------------------------------------------------------------- one automatic repair

@@ -19,13 +19,7 @@ from model.batching import (
     QueueFullError,
     ResumedError,
 )
-from model.chat_format import (
-    ParsedReply,
-    ToolCallError,
-    parse,
-    render_ids,
-    repair,
-)
+from model.chat_format import ParsedReply, read_reply, render_ids
 from model.errors import ModelError
 from model.generate import Constraint, Generation, GenRequest, PromptScores, Top
 from model.grammar import GrammarError
@@ -377,26 +371,6 @@ def failure(error: Exception) -> ApiError:
         reason = f"no reply within {REPLY_TIMEOUT_S:.0f} seconds"
         return ApiError(504, reason, param=None, code="timeout")
     return ApiError(500, f"generation failed: {error}", param=None, code="engine_error")
-
-
-def read_reply(
-    text: str, tools: list[Json] | None, finish: str, salt: str
-) -> tuple[ParsedReply, str | None, bool]:
-    """The reply, why a call in it was no call, and whether it took the one repair.
-
-    A reply that was cut off is never repaired: half an argument must not be run.
-    """
-    try:
-        return parse(text, tools, check_schema=False, id_salt=salt), None, False
-    except ToolCallError as error:
-        reason = str(error)
-    if finish not in ("length", "abort"):
-        try:
-            mended = repair(text, tools)
-            return parse(mended, tools, check_schema=False, id_salt=salt), None, True
-        except ToolCallError as error:
-            reason = str(error)
-    return parse(text, None, id_salt=salt), reason, False
 
 
 def _choice_seed(seed: int | None, index: int) -> int | None:

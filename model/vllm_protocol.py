@@ -24,13 +24,13 @@ from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.chat_format import read_reply
 from model.config import load_config
 from model.errors import ModelError
 from model.grammar import MAX_CALLS, GrammarError, chosen_tools, reply_grammar
 from model.json_format import json_reply
 from model.serve_answers import Choice
 from model.serve_types import ApiError, CommonRequest, Json
-from model.service import read_reply
 from model.tokenizer import Tokenizer
 
 CHECKPOINT: Final = "SELFEVO_VLLM_CHECKPOINT"

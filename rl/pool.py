@@ -126,11 +126,18 @@ class Pool:
 
     def add_call(self, call: CallRecord) -> None:
         """Append one call. InfraError if the pool has another one of this episode and index."""
-        row = _call_row(call)
-        self._insert(
+        self.add_calls([call])
+
+    def add_calls(self, calls: Sequence[CallRecord]) -> None:
+        """Append several calls, all or none of them: one transaction costs as much as one call."""
+        sql = (
             "INSERT INTO calls (episode, member, prompt, response, logprobs, meta, digest) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (call.episode, call.index, *row, _digest(call.episode, call.index, *row)),
+            "VALUES (?, ?, ?, ?, ?, ?, ?)"
+        )
+        rows = [(call, _call_row(call)) for call in calls]
+        self._insert(
+            sql,
+            [(c.episode, c.index, *row, _digest(c.episode, c.index, *row)) for c, row in rows],
         )
 
     def add_reward(self, reward: RewardRecord) -> None:
@@ -146,7 +153,7 @@ class Pool:
         )
         self._insert(
             "INSERT INTO rewards (episode, meta, digest) VALUES (?, ?, ?)",
-            (reward.episode, meta, _digest(reward.episode, meta)),
+            [(reward.episode, meta, _digest(reward.episode, meta))],
         )
 
     def add_step(self, step: StepRecord) -> None:
@@ -155,13 +162,14 @@ class Pool:
         meta = json.dumps([[g.task, g.domain, g.episodes] for g in step.groups])
         self._insert(
             "INSERT INTO steps (step, meta, digest) VALUES (?, ?, ?)",
-            (step.step, meta, _digest(step.step, meta)),
+            [(step.step, meta, _digest(step.step, meta))],
         )
 
-    def _insert(self, sql: str, values: Sequence[Any]) -> None:
+    def _insert(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with self._lock, self._reported():
             try:
-                self._db.execute(self._sql(sql), values)
+                for values in rows:
+                    self._db.execute(self._sql(sql), values)
                 self._db.commit()
             except BaseException:
                 self._db.rollback()
@@ -172,6 +180,11 @@ class Pool:
     def calls(self, episode: str) -> list[CallRecord]:
         """The calls of an episode in order."""
         return list(self._calls("WHERE episode = ? ORDER BY member", (episode,)))
+
+    def next_index(self, episode: str) -> int:
+        """One more than the highest index that a call of the episode has; 0 without calls."""
+        found = self._select("SELECT MAX(member) FROM calls WHERE episode = ?", (episode,))
+        return 0 if found[0][0] is None else int(found[0][0]) + 1
 
     def all_calls(self) -> Iterator[CallRecord]:
         """Every call, in the order of writing."""
