@@ -13,17 +13,18 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-import orjson
 from starlette.types import Receive, Scope, Send
 
-from rl.gateway.core import Gateway, digest_of
+from rl.gateway.core import Gateway, as_message, digest_of
 from rl.gateway.dialects import reading
 from rl.gateway.dialects.chat import Chat
 from rl.gateway.dialects.completions import Completions
+from rl.gateway.dialects.messages import Messages
 from rl.gateway.dialects.openai_errors import OpenAIErrors
+from rl.gateway.dialects.responses import Responses, response_id, said_before
 from rl.gateway.episodes import Episode
 from rl.gateway.settings import filled, only
-from rl.gateway.types import Ask, Dialect, GatewayError, Json
+from rl.gateway.types import Answer, Ask, Dialect, GatewayError, Json
 
 PING_S = 10.0
 """A stream that has nothing to say for so long gets a comment, that its client may wait on."""
@@ -41,6 +42,8 @@ class App:
         self._dialects: dict[str, Dialect] = {
             "chat/completions": Chat(gateway.tokenizer),
             "completions": Completions(gateway.tokenizer),
+            "responses": Responses(),
+            "messages": Messages(),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +60,8 @@ class App:
                 await _send(send, 200, self._gateway.health())
                 return
             name, route = _route(path, headers)
+            counts = route == "messages/count_tokens"
+            route = route.removesuffix("/count_tokens")
             errors = self._dialects.get(route, errors)
             if route == "models" or route.startswith("models/"):
                 await _send(send, 200, self._models(route))
@@ -71,6 +76,11 @@ class App:
                 )
             episode = self._gateway.episode(name)
             raw = await _body(receive, headers, self._max_body)
+            if counts:
+                ask = self._dialects[route].read(reading.parse(raw), {})
+                tokens = self._gateway.count_tokens(episode, ask)
+                await _send(send, 200, {"input_tokens": tokens})
+                return
             await self._call(episode, route, raw, headers, receive, send)
         except GatewayError as error:
             await _send(send, error.status, errors.error(error))
@@ -87,12 +97,11 @@ class App:
         send: Send,
     ) -> None:
         dialect = self._dialects[route]
-        ask = dialect.read(reading.parse(raw))
+        ask = dialect.read(reading.parse(raw), episode.responses)
         key = headers.get(b"idempotency-key", b"").decode("latin-1")
         retry = headers.get(b"x-stainless-retry-count", b"0") != b"0" or bool(key)
-        work = asyncio.ensure_future(
-            self._gateway.answer(episode, digest_of(route, raw, key), ask, retry=retry)
-        )
+        digest = digest_of(route, raw, key)
+        work = asyncio.ensure_future(self._answer(route, episode, digest, ask, retry))
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
             if ask.stream:
@@ -111,7 +120,7 @@ class App:
         self,
         dialect: Dialect,
         ask: Ask,
-        work: asyncio.Future[Any],
+        work: asyncio.Future[Answer],
         gone: asyncio.Future[None],
         send: Send,
     ) -> None:
@@ -137,6 +146,16 @@ class App:
         if not begun:
             await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         await send({"type": "http.response.body", "body": b"".join(dialect.events(ask, answer))})
+
+    async def _answer(
+        self, route: str, episode: Episode, digest: bytes, ask: Ask, retry: bool
+    ) -> Answer:
+        """The core's answer; what `previous_response_id` may name is kept."""
+        answer = await self._gateway.answer(episode, digest, ask, retry=retry)
+        if route == "responses" and ask.body.get("store") is not False:
+            conversation = [*said_before(ask), as_message(answer.reply)]
+            episode.responses[response_id(answer)] = conversation
+        return answer
 
     # ---------------------------------------------------------- beside calls
 
@@ -221,7 +240,7 @@ async def _until_gone(receive: Receive) -> None:
 async def _send(
     send: Send, status: int, body: Json, more: list[tuple[bytes, bytes]] | None = None
 ) -> None:
-    raw = orjson.dumps(body)
+    raw = reading.dumps(body)
     headers = [_JSON, (b"content-length", str(len(raw)).encode()), *(more or ())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": raw})

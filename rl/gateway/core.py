@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
@@ -21,10 +22,9 @@ import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
-from model.chat_format import ParsedReply, read_reply
+from model.chat_format import ChatFormatError, ParsedReply, read_reply
 from model.errors import ModelError
 from model.reply_stream import cut_at_stop
 from model.tokenizer import Tokenizer
@@ -39,6 +39,9 @@ from rl.types import CallRecord
 
 NONFINITE_ALARM = 1e-3
 """Share of log-probs that are no numbers, above which `/healthz` says so."""
+
+KEPT_ANSWERS = 64
+"""The last answers of an episode that a client's retry still finds."""
 
 _EPISODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _GROUP = re.compile(r"g(\d+)-")
@@ -190,6 +193,8 @@ class Gateway:
         error = task.exception()
         if error is None:
             episode.answers[key] = task.result()
+            if len(episode.answers) > KEPT_ANSWERS:
+                del episode.answers[next(iter(episode.answers))]
             flight.result.set_result(task.result())
             return
         if not isinstance(error, GatewayError):
@@ -213,6 +218,7 @@ class Gateway:
                 episode.check_open()  # the deadline, rather than what came of it
             raise
         ended = time.time()
+        answer = self._read(ask, prompt, drawn)
         await flight.heard.wait()
         flight.committing = True
         index = await self._writer.append(
@@ -233,8 +239,8 @@ class Gateway:
                 routed_experts=drawn.routed,
             )
         )
-        self._recorded(episode, prompt, drawn)
-        return self._read(episode, ask, prompt, drawn, index)
+        self._recorded(episode, ask, prompt, answer)
+        return replace(answer, index=index)
 
     def _prompt(self, episode: Episode, ask: Ask) -> Prompt:
         try:
@@ -262,7 +268,35 @@ class Gateway:
             )
         return context - len(prompt.ids)
 
-    def _recorded(self, episode: Episode, prompt: Prompt, drawn: Drawn) -> None:
+    def _read(self, ask: Ask, prompt: Prompt, drawn: Drawn) -> Answer:
+        """Ids to text and calls."""
+        whole = self.tokenizer.decode(self._without_end(drawn.ids))
+        cut = cut_at_stop(whole, ask.stops)
+        text = whole if cut is None else cut
+        name, reply = os.urandom(12).hex(), ParsedReply(text, "", [])
+        fault, repaired, by = None, False, ""
+        if cut is not None:
+            by = next(stop for stop in ask.stops if whole.startswith(stop, len(cut)))
+        if ask.text is None:
+            tools = None if ask.tools is None else list(ask.tools)
+            try:
+                reply, fault, repaired = read_reply(text, tools, drawn.finish, name)
+            except RecursionError:
+                reply, _, _ = read_reply(text, None, drawn.finish, name)
+                fault = "bad tool call: its arguments are nested too deeply"
+        now = int(time.time())
+        return Answer(name, now, -1, prompt.ids, drawn, text, reply, fault, repaired, by)
+
+    def _recorded(self, episode: Episode, ask: Ask, prompt: Prompt, answer: Answer) -> None:
+        """The episode's history learns what was said; the call is counted."""
+        drawn = answer.drawn
+        if isinstance(ask.text, str):
+            ids = prompt.ids + array("i", self._without_end(drawn.ids))
+            whole = self.tokenizer.decode(self._without_end(drawn.ids))
+            episode.history.add_text(ask.text + whole, ask.text + answer.text, ids)
+        elif ask.text is None:
+            with contextlib.suppress(ChatFormatError):  # cannot be compared: not to be found again
+                episode.history.add(prompt, as_message(answer.reply), drawn.ids)
         episode.recorded += 1
         episode.tokens += len(drawn.ids)
         self._count(episode, "calls")
@@ -274,26 +308,8 @@ class Gateway:
             episode.counts["nonfinite_logprobs"] += bad
             _log.warning("%s: %d log-probs are no numbers", episode.id, bad)
 
-    def _read(self, episode: Episode, ask: Ask, prompt: Prompt, drawn: Drawn, index: int) -> Answer:
-        """Ids to text and calls; the episode's history learns what was said."""
-        eos = self.tokenizer.eos_id
-        ids = drawn.ids[:-1] if drawn.ids and drawn.ids[-1] == eos else drawn.ids
-        whole = self.tokenizer.decode(ids)
-        cut = cut_at_stop(whole, ask.stops)
-        text = whole if cut is None else cut
-        name = os.urandom(12).hex()
-        answer = Answer(
-            name, int(time.time()), index, prompt.ids, drawn, text, ParsedReply(text, "", [])
-        )
-        if ask.text is not None:
-            if isinstance(ask.text, str):
-                told = prompt.ids + array("i", ids)
-                episode.history.add_text(ask.text + whole, ask.text + text, told)
-            return answer
-        reply, fault, repaired = read_reply(text, _list(ask.tools), drawn.finish, name)
-        answer = replace(answer, reply=reply, call_error=fault, repaired=repaired)
-        episode.history.add(prompt, as_message(reply), drawn.ids)
-        return answer
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_id else ids
 
     # ---------------------------------------------------------- counting
 
@@ -342,7 +358,3 @@ def tool_calls(reply: ParsedReply) -> list[Json]:
         }
         for call in reply.tool_calls
     ]
-
-
-def _list(tools: object) -> list[Mapping[str, object]] | None:
-    return list(tools) if isinstance(tools, (list, tuple)) else None

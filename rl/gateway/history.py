@@ -22,7 +22,9 @@ encoded anew, and counted as `fresh`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -240,10 +242,8 @@ def _calls(message: Message) -> tuple[list[list[Any]], tuple[str, ...]]:
             raise ChatFormatError('a tool call must be {"function": {"name": …, "arguments": …}}')
         arguments = inner.get("arguments") or {}
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError):
                 arguments = orjson.loads(arguments)
-            except ValueError:
-                arguments = {"": arguments}
         plain.append([inner["name"], arguments])
         marks.append(str(call.get("id", "")))
     return plain, tuple(marks)
@@ -252,7 +252,11 @@ def _calls(message: Message) -> tuple[list[list[Any]], tuple[str, ...]]:
 def _plain(value: Any) -> bytes:
     """One text for all JSON texts of a value."""
     try:
-        return orjson.dumps(_numbers(value), option=orjson.OPT_SORT_KEYS)
+        value = _numbers(value)
+        try:
+            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+        except TypeError:  # a number above 64 bits, half a surrogate pair, deep nesting
+            return json.dumps(value, sort_keys=True).encode()
     except (TypeError, RecursionError) as error:
         raise ChatFormatError(f"not JSON that can be compared: {error}") from error
 

@@ -63,7 +63,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Answer:
-    """A recorded call: what every dialect writes its answer from. `index` is its record's."""
+    """A recorded call: what every dialect writes its answer from. `index` is its record's;
+    `stopped_by` the stop text that ended it."""
 
     id: str
     created: int
@@ -74,6 +75,7 @@ class Answer:
     reply: ParsedReply
     call_error: str | None = None
     repaired: bool = False
+    stopped_by: str = ""
 
     @property
     def finish(self) -> str:
@@ -84,7 +86,9 @@ class Answer:
 class Dialect(Protocol):
     """One API: how a call is asked, answered and refused."""
 
-    def read(self, body: Json) -> Ask: ...
+    def read(self, body: Json, earlier: Mapping[str, Sequence[Json]]) -> Ask:
+        """`earlier`: conversations that the episode may go on from by a name."""
+        ...
 
     def whole(self, ask: Ask, answer: Answer) -> Json: ...
 

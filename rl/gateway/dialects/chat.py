@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from model.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class Chat(OpenAIErrors):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def read(self, body: Json) -> Ask:
+    def read(self, body: Json, earlier: Mapping[str, Sequence[Json]]) -> Ask:
         tools = reading.objects(body, "tools")
         if body.get("functions"):
             raise refused("functions", "this old form is not understood; use tools")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from model.tokenizer import Tokenizer
 from rl.gateway.dialects import reading
@@ -21,7 +21,7 @@ class Completions(OpenAIErrors):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def read(self, body: Json) -> Ask:
+    def read(self, body: Json, earlier: Mapping[str, Sequence[Json]]) -> Ask:
         return Ask(
             model=reading.text(body, "model", "model"),
             body=body,

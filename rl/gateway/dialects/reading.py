@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,10 +70,18 @@ def parse(raw: bytes) -> Json:
     return body
 
 
+def dumps(body: Any) -> bytes:
+    """JSON; a number that is none becomes null."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # a number above 64 bits, or half a surrogate pair, in a call's arguments
+        return json.dumps(body).encode()
+
+
 def event(body: Json, name: str | None = None) -> bytes:
     """One server-sent event."""
     head = b"" if name is None else b"event: %b\n" % name.encode()
-    return head + b"data: " + orjson.dumps(body) + b"\n\n"
+    return head + b"data: " + dumps(body) + b"\n\n"
 
 
 def pieces(whole: str, size: int = 512) -> Iterable[str]:
