@@ -43,6 +43,13 @@ _EXAMPLE: Final = (
     '\n<invoke name="tool-name-1">\n<parameter name="param-key-1">param-value-1</parameter>\n'
     "...\n</invoke>\n"
 )
+_ROLES: Final = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "tool": "tool",
+    "assistant": "ai",
+}
 _MAX_SCHEMA_HINT: Final = 400
 
 
@@ -290,14 +297,12 @@ def _invoke(call: object) -> str:
 
 
 def role_of(message: Message, index: int) -> str:
-    roles = {"system": "system", "developer": "system", "user": "user", "tool": "tool"}
-    roles["assistant"] = "ai"
     role = message.get("role")
-    if not isinstance(role, str) or role not in roles:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ChatFormatError(
-            f"messages[{index}]: unknown role {role!r}; use {', '.join(sorted(roles))}"
+            f"messages[{index}]: unknown role {role!r}; use {', '.join(sorted(_ROLES))}"
         )
-    return roles[role]
+    return _ROLES[role]
 
 
 def text_of(message: Message) -> str:

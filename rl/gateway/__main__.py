@@ -75,9 +75,16 @@ def _serve(
     import uvicorn
 
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    serving = False
+
+    def stop(signum: int, _: object) -> None:
         # uvicorn shuts down on its own and then raises the signal again for us to see
-        signal.signal(number, lambda signum, _: received.append(signum))
+        received.append(signum)
+        if not serving:
+            raise SystemExit(128 + signum)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         listener = _listen(options.host, options.port)
     except OSError as error:
@@ -86,6 +93,7 @@ def _serve(
         ) from error
 
     async def run() -> None:
+        nonlocal serving
         await engine.check(options.engine_wait)
         writer = Writer(pool)
         gateway = Gateway(
@@ -105,6 +113,7 @@ def _serve(
             write_port_file(options.port_file, port)
         shown = f"[{host}]" if ":" in host else host
         print(f"gateway on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+        serving = True
         try:
             await uvicorn.Server(config).serve(sockets=[listener])
         finally:

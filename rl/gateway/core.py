@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -71,6 +72,7 @@ class Gateway:
         self._keep: Keep = keep
         self._auto_open = auto_open
         self._linger_s = linger_s
+        self._name, self._names = os.urandom(8).hex(), itertools.count(2**32)
         self._open: dict[str, Episode] = {}
         self._closed: dict[str, Json] = {}
         self.counts: Counter[str] = Counter()
@@ -273,7 +275,7 @@ class Gateway:
         whole = self.tokenizer.decode(self._without_end(drawn.ids))
         cut = cut_at_stop(whole, ask.stops)
         text = whole if cut is None else cut
-        name, reply = os.urandom(12).hex(), ParsedReply(text, "", [])
+        name, reply = f"{self._name}{next(self._names):x}", ParsedReply(text, "", [])
         fault, repaired, by = None, False, ""
         if cut is not None:
             by = next(stop for stop in ask.stops if whole.startswith(stop, len(cut)))
@@ -302,8 +304,8 @@ class Gateway:
         self._count(episode, "calls")
         self._count(episode, f"prompt_{prompt.kind}")
         self.counts["tokens"] += len(drawn.ids)
-        bad = sum(not math.isfinite(value) for value in drawn.logprobs)
-        if bad:
+        if not math.isfinite(sum(drawn.logprobs)):
+            bad = sum(not math.isfinite(value) for value in drawn.logprobs)
             self.counts["nonfinite_logprobs"] += bad
             episode.counts["nonfinite_logprobs"] += bad
             _log.warning("%s: %d log-probs are no numbers", episode.id, bad)

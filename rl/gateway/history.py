@@ -252,13 +252,17 @@ def _calls(message: Message) -> tuple[list[list[Any]], tuple[str, ...]]:
 def _plain(value: Any) -> bytes:
     """One text for all JSON texts of a value."""
     try:
-        value = _numbers(value)
-        try:
-            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-        except TypeError:  # a number above 64 bits, half a surrogate pair, deep nesting
-            return json.dumps(value, sort_keys=True).encode()
+        found = _dumps(value)
+        return _dumps(_numbers(value)) if b".0" in found else found
     except (TypeError, RecursionError) as error:
         raise ChatFormatError(f"not JSON that can be compared: {error}") from error
+
+
+def _dumps(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # a number above 64 bits, half a surrogate pair, deep nesting
+        return json.dumps(value, sort_keys=True).encode()
 
 
 def _numbers(value: Any) -> Any:
