@@ -107,7 +107,7 @@ def _serve(
             auto_open=options.auto_open,
             linger_s=options.linger,
         )
-        config.app = App(gateway, max_body=options.max_body)
+        config.app = App(gateway, max_body=options.max_body, ping_s=options.ping)
         host, port = listener.getsockname()[:2]
         if options.port_file is not None:
             write_port_file(options.port_file, port)
@@ -128,6 +128,7 @@ def _serve(
         lifespan="off",
         interface="asgi3",
         timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=75,  # an agent runs its tools meanwhile
     )
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()
@@ -173,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--auto-open", action="store_true", help="unknown episodes open with these settings")
     add("--linger", type=float, default=2.0, help="seconds that a call outlives its client")
+    add("--ping", type=float, default=10.0, help="seconds between comments in a waiting stream")
     add("--max-body", type=int, default=16 * 2**20, help="bytes of a request")
     add("--engine-wait", type=float, default=120.0, help="seconds to wait for the engine at start")
     add("--engine-patience", type=float, default=60.0, help="seconds a call tries to reach it")

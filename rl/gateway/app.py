@@ -26,18 +26,17 @@ from rl.gateway.episodes import Episode
 from rl.gateway.settings import filled, only
 from rl.gateway.types import Answer, Ask, Dialect, GatewayError, Json
 
-PING_S = 10.0
-"""A stream that has nothing to say for so long gets a comment, that its client may wait on."""
-
 _JSON = (b"content-type", b"application/json")
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
 class App:
-    """`max_body`: bytes of a request."""
+    """`max_body`: bytes of a request. `ping_s`: a stream that has nothing to say for so long gets a
+    comment, that its client may wait on."""
 
-    def __init__(self, gateway: Gateway, *, max_body: int) -> None:
+    def __init__(self, gateway: Gateway, *, max_body: int, ping_s: float) -> None:
         self._gateway = gateway
+        self._ping_s = ping_s
         self._max_body = max_body
         self._dialects: dict[str, Dialect] = {
             "chat/completions": Chat(gateway.tokenizer),
@@ -124,11 +123,13 @@ class App:
         gone: asyncio.Future[None],
         send: Send,
     ) -> None:
-        """The events of an answer, which begin when it is recorded. Until PING_S an error still
-        has its own status."""
+        """The events of an answer, which begin when it is recorded. Until the first ping an error
+        still has its own status."""
         begun = False
         while not work.done():
-            await asyncio.wait((work, gone), timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (work, gone), timeout=self._ping_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if gone.done() and not work.done():
                 return
             if not work.done():

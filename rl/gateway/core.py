@@ -44,6 +44,9 @@ NONFINITE_ALARM = 1e-3
 KEPT_ANSWERS = 64
 """The last answers of an episode that a client's retry still finds."""
 
+SWEEP_S = 10.0
+"""Least time between two looks for episodes that nobody closed."""
+
 _EPISODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _GROUP = re.compile(r"g(\d+)-")
 _log = logging.getLogger("rl.gateway")
@@ -73,6 +76,7 @@ class Gateway:
         self._auto_open = auto_open
         self._linger_s = linger_s
         self._name, self._names = os.urandom(8).hex(), itertools.count(2**32)
+        self._swept = 0.0
         self._open: dict[str, Episode] = {}
         self._closed: dict[str, Json] = {}
         self.counts: Counter[str] = Counter()
@@ -96,6 +100,7 @@ class Gateway:
             raise GatewayError(409, f"episode {name} was closed; open the next attempt", "closed")
         known = self._open.get(name)
         if known is None:
+            self._sweep()
             history = History(self.tokenizer, self._keep)
             known = self._open[name] = Episode(name, group, sampling, limits, repeat, history)
         elif (known.group, known.sampling, known.limits) != (group, sampling, limits):
@@ -132,6 +137,18 @@ class Gateway:
         self._open.pop(name, None)
         self._writer.forget(name)
         return self._closed.setdefault(name, episode.summary())
+
+    def _sweep(self) -> None:
+        """Episodes whose deadline has passed take no calls: their memory goes, closed or not."""
+        now = time.monotonic()
+        if now < self._swept + SWEEP_S:
+            return
+        self._swept = now
+        for episode in self._open.values():
+            if now >= episode.deadline and not episode.flights:
+                episode.history = History(self.tokenizer, self._keep)
+                episode.answers.clear()
+                episode.responses.clear()
 
     # ---------------------------------------------------------- one call
 

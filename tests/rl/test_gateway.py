@@ -45,7 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedE
     engine = ScriptedEngine()
     engine.start()
     folder = tmp_path_factory.mktemp("gateway")
-    options = ["--linger", "0.4", "--max-body", "100000", "--engine-patience", "2"]
+    options = ["--linger", "0.4", "--ping", "0.3", "--max-body", "100000", "--engine-patience", "2"]
     with gateway(engine.url, folder, *options) as running:
         yield engine, running
     engine.stop()
@@ -282,6 +282,28 @@ def test_the_openai_client_reads_both_kinds_of_streams(both: Any, name: str) -> 
         kinds = [event.type for event in events]
         assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
         assert events.get_final_response().output_text == "All is well."
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stream_is_kept_alive_and_may_still_fail(both: Any, name: str, path: str) -> None:
+    engine, running = both
+    url = running.open(name)
+    engine.reply = lambda body: answer() if len(engine.bodies) == 1 else (400, {"error": "no room"})
+    for good in (True, False):
+        engine.gate.clear()
+        body = ask_of(path, stream=True, user=str(good))
+        with HTTP.stream("POST", f"{url}/{path}", json=body) as got:
+            lines = got.iter_lines()
+            first = next(lines)
+            assert first == "event: ping" if path == "messages" else first.startswith(":")
+            engine.gate.set()
+            rest = "\n".join(lines)
+        assert ("All is well." in rest) == good
+        assert ("no room" in rest) != good
+    with running.pool() as pool:
+        assert len(pool.calls(name)) == 1
+    # before the first event an error has its status
+    assert post(url, path, ask_of(path, stream=True, user="c")).status_code == 400
 
 
 def test_a_response_goes_on_from_an_earlier_one(both: Any, name: str) -> None:
