@@ -24,7 +24,7 @@ from model.errors import ModelError
 from model.port_file import write_port_file
 from model.tokenizer import Tokenizer
 from rl.errors import ConfigError, InfraError, exit_code_of
-from rl.gateway.app import App
+from rl.gateway.app import CONTROL_KEY, App
 from rl.gateway.core import Gateway
 from rl.gateway.engine import Engine
 from rl.gateway.settings import EpisodeSampling, Limits
@@ -107,7 +107,12 @@ def _serve(
             auto_open=options.auto_open,
             linger_s=options.linger,
         )
-        config.app = App(gateway, max_body=options.max_body, ping_s=options.ping)
+        config.app = App(
+            gateway,
+            max_body=options.max_body,
+            ping_s=options.ping,
+            control_key=os.environ.get(CONTROL_KEY, ""),
+        )
         host, port = listener.getsockname()[:2]
         if options.port_file is not None:
             write_port_file(options.port_file, port)

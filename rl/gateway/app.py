@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -26,15 +27,21 @@ from rl.gateway.episodes import Episode
 from rl.gateway.settings import filled, only
 from rl.gateway.types import Answer, Ask, Dialect, GatewayError, Json
 
+CONTROL_KEY = "SELFEVO_GATEWAY_KEY"
+"""Variable of the environment: the API key that the control routes then want."""
+
 _JSON = (b"content-type", b"application/json")
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
 class App:
     """`max_body`: bytes of a request. `ping_s`: a stream that has nothing to say for so long gets a
-    comment, that its client may wait on."""
+    comment, that its client may wait on. `control_key`: without it /control is shut."""
 
-    def __init__(self, gateway: Gateway, *, max_body: int, ping_s: float) -> None:
+    def __init__(
+        self, gateway: Gateway, *, max_body: int, ping_s: float, control_key: str = ""
+    ) -> None:
+        self._control_key = control_key
         self._gateway = gateway
         self._ping_s = ping_s
         self._max_body = max_body
@@ -58,7 +65,7 @@ class App:
             if path in ("/healthz", "/health"):
                 await _send(send, 200, self._gateway.health())
                 return
-            name, route = _route(path, headers)
+            name, route = _route(path)
             counts = route == "messages/count_tokens"
             route = route.removesuffix("/count_tokens")
             errors = self._dialects.get(route, errors)
@@ -69,11 +76,7 @@ class App:
                 raise GatewayError(404, f"{path}: no such route", "unknown_url")
             if scope["method"] != "POST":
                 raise GatewayError(405, f"{path}: POST only", "unknown_url")
-            if name is None:
-                raise GatewayError(
-                    401, "no episode: use /e/<episode>/v1 or the episode as API key", "no_episode"
-                )
-            episode = self._gateway.episode(name)
+            episode = self._gateway.of_caller(name, _key(headers))
             raw = await _body(receive, headers, self._max_body)
             if counts:
                 ask = self._dialects[route].read(reading.parse(raw), {})
@@ -169,6 +172,10 @@ class App:
     async def _control(
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> None:
+        if self._control_key and not hmac.compare_digest(
+            _key(headers).encode(), self._control_key.encode()
+        ):
+            raise GatewayError(401, f"/control wants the key in {CONTROL_KEY}", "wrong_key")
         what = scope["path"].removeprefix("/control/")
         if scope["method"] != "POST" or what not in ("open", "close"):
             raise GatewayError(404, "use POST /control/open or /control/close", "unknown_url")
@@ -177,7 +184,7 @@ class App:
         if what == "close":
             await _send(send, 200, await self._gateway.close(name))
             return
-        known = {"episode", "group", "sampling", "limits", "repeat"}
+        known = {"episode", "group", "sampling", "limits", "repeat", "key"}
         only(body, known)
         group = body.get("group", 0)
         if not isinstance(group, int) or isinstance(group, bool):
@@ -191,6 +198,7 @@ class App:
             filled(self._gateway.sampling, body.get("sampling"), "sampling"),
             filled(self._gateway.limits, body.get("limits"), "limits"),
             repeat,
+            reading.text(body, "key"),
         )
         await _send(send, 200, {"episode": name, "path": f"/e/{name}/v1", "group": episode.group})
 
@@ -199,16 +207,18 @@ class _GoneError(Exception):
     """The client left before its body was whole."""
 
 
-def _route(path: str, headers: Mapping[bytes, bytes]) -> tuple[str | None, str]:
-    """Episode and route of a path."""
+def _key(headers: Mapping[bytes, bytes]) -> str:
+    """The API key, in Anthropic's header or OpenAI's."""
+    bearer = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+    return (headers.get(b"x-api-key") or bearer).strip().decode("latin-1")
+
+
+def _route(path: str) -> tuple[str | None, str]:
+    """Episode, if it is named, and route of a path."""
     name = None
     if path.startswith("/e/"):
         name, _, path = path.removeprefix("/e/").partition("/")
         path = "/" + path
-    else:
-        bearer = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        key = headers.get(b"x-api-key") or bearer
-        name = key.strip().decode("latin-1") or None
     while path == "/v1" or path.startswith("/v1/"):
         path = path.removeprefix("/v1")
     return name, path.strip("/")

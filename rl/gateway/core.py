@@ -79,6 +79,7 @@ class Gateway:
         self._swept = 0.0
         self._open: dict[str, Episode] = {}
         self._closed: dict[str, Json] = {}
+        self._names_of: dict[str, str] = {}  # by secret
         self.counts: Counter[str] = Counter()
 
     # ---------------------------------------------------------- episodes
@@ -90,8 +91,10 @@ class Gateway:
         sampling: EpisodeSampling,
         limits: Limits,
         repeat: Repeat = "join",
+        secret: str = "",
     ) -> Episode:
-        """Let calls of an episode in. Opening it again in the same way changes nothing."""
+        """Let calls of an episode in. Opening it again in the same way changes nothing. Where it
+        has a `secret`, only calls with that API key are its own."""
         if not _EPISODE.fullmatch(name):
             raise GatewayError(
                 400, f"episode {name[:50]!r}: use letters, digits and . _ : -", "invalid_value"
@@ -102,10 +105,30 @@ class Gateway:
         if known is None:
             self._sweep()
             history = History(self.tokenizer, self._keep)
-            known = self._open[name] = Episode(name, group, sampling, limits, repeat, history)
-        elif (known.group, known.sampling, known.limits) != (group, sampling, limits):
+            known = self._open[name] = Episode(
+                name, group, sampling, limits, repeat, history, secret
+            )
+            if secret:
+                self._names_of[secret] = name
+        elif (known.group, known.sampling, known.limits, known.secret) != (
+            group,
+            sampling,
+            limits,
+            secret,
+        ):
             raise GatewayError(409, f"episode {name} is open with other settings", "open")
         return known
+
+    def of_caller(self, name: str | None, key: str) -> Episode:
+        """The episode of a path's name and an API key; without a name the key says it.
+        GatewayError where there is none, or where the key is not its own."""
+        if name is None and not key:
+            raise GatewayError(
+                401, "no episode: use /e/<episode>/v1 or the episode as API key", "no_episode"
+            )
+        found = self.episode(self._names_of.get(key, key) if name is None else name)
+        found.check_secret(key)
+        return found
 
     def episode(self, name: str) -> Episode:
         """An open episode. GatewayError 410 when it was closed, 404 when nobody opened it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Episode:
     limits: Limits
     repeat: Repeat
     history: History
+    secret: str = field(default="", repr=False)
     opened: float = field(default_factory=time.monotonic)
     closed: bool = False
     begun: int = 0
@@ -73,6 +75,11 @@ class Episode:
     @property
     def deadline(self) -> float:
         return self.opened + self.limits.deadline_s
+
+    def check_secret(self, key: str) -> None:
+        """GatewayError for a caller that does not know the episode's key, if it has one."""
+        if self.secret and not hmac.compare_digest(key.encode(), self.secret.encode()):
+            raise GatewayError(401, f"episode {self.id} wants its own API key", "wrong_key")
 
     def check_open(self) -> None:
         """GatewayError where no call may begin or go on."""

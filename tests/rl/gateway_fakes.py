@@ -181,7 +181,7 @@ def start_gateway(engine: str, folder: Path, *options: str, **more: Any) -> subp
     command = [sys.executable, "-m", "rl.gateway", "--engine", engine, "--model", str(NANO)]
     command += ["--pool", str(folder / "pool.db"), "--port", "0", "--quiet"]
     command += ["--port-file", str(folder / "gateway.json"), "--exit-with-parent", *options]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | more.pop("env", {})
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, **more)
 
 

@@ -569,6 +569,24 @@ def test_strangers_are_told_what_to_do(both: Any) -> None:
         assert running.control("open", body).status_code == 400, body
 
 
+def test_an_episode_with_a_key_is_closed_to_others(both: Any, name: str) -> None:
+    _, running = both
+    url = running.open(name, key="s3cret")
+    for base, key, status in (
+        (url, "s3cret", 200),
+        (url, "other", 401),
+        (f"{running.url}/v1", "s3cret", 200),
+        (f"{running.url}/v1", name, 401),
+    ):
+        for header in ({"x-api-key": key}, {"Authorization": f"Bearer {key}"}):
+            assert post(base, "messages", ask_of("messages"), headers=header).status_code == status
+    running.control("close", {"episode": name})
+    late = post(
+        f"{running.url}/v1", "messages", ask_of("messages"), headers={"x-api-key": "s3cret"}
+    )
+    assert late.status_code == 410
+
+
 def test_a_prompt_longer_than_the_context_is_the_agents_to_mend(both: Any, name: str) -> None:
     engine, running = both
     long = [{"role": "user", "content": "word " * 8000}]

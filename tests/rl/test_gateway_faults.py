@@ -123,7 +123,14 @@ def test_one_bad_record_fails_alone(tmp_path: Path) -> None:
 def test_a_terminated_gateway_ends_with_143_and_its_parent_takes_it_along(
     engine: ScriptedEngine, tmp_path: Path
 ) -> None:
-    with gateway(engine.url, tmp_path) as running:
+    with gateway(engine.url, tmp_path, env={"SELFEVO_GATEWAY_KEY": "k"}) as running:
+        assert running.control("open", {"episode": "g0-0.0"}).status_code == 401
+        keyed = HTTP.post(
+            f"{running.url}/control/open",
+            json={"episode": "g0-0.0"},
+            headers={"Authorization": "Bearer k"},
+        )
+        assert keyed.status_code == 200
         running.process.terminate()
         assert running.process.wait(30) == 143
     code = (
