@@ -8,7 +8,8 @@ which the chat template drops earlier thinking.
 - `added_ms_p50`, `_p99`: one agent, each call through the gateway followed by the same ids sent to
   the engine directly; the differences of such pairs (the target of p50 is ≤ 2).
 - `calls_s`: 10,000 calls of 32 agents at once, all recorded (the target is ≥ 500).
-  `direct_calls_s` is the same client on the engine alone, measured in turns with it.
+  `direct_calls_s` is the same client on the engine alone, measured in turns with it;
+  `cpu_ms_call` the gateway's processor time a call, which hardly depends on what else runs.
 - `id_mismatches`: over all these records, read from the pool afterwards: prompt or response ids
   that are not those which the engine gave and took (the target is 0). What a prompt should be is
   computed here: the last prompt of the conversation, its reply's ids, what came after rendered.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 
 from benchmarks.common import ROOT, emit, report
 from benchmarks.gateway_engine import NANO, choice_of, replies, tokenizer
@@ -97,19 +99,21 @@ class Agent:
 
 
 @contextlib.contextmanager
-def processes(folder: Path) -> Iterator[tuple[str, str]]:
-    """URLs of a running engine and a gateway before it."""
+def processes(folder: Path) -> Iterator[tuple[str, str, psutil.Process]]:
+    """URLs of a running engine and of a gateway before it, and the gateway's process."""
     with contextlib.ExitStack() as stack:
-        engine = _start(
+        engine, _ = _start(
             stack, folder, "engine", "benchmarks.gateway_engine", str(folder / "engine")
         )
         command = ["rl.gateway", "--engine", engine, "--model", str(NANO), "--quiet"]
         command += ["--pool", str(folder / "pool.db"), "--port", "0", "--auto-open"]
         command += ["--port-file", str(folder / "gateway"), "--linger", "0", "--exit-with-parent"]
-        yield engine, _start(stack, folder, "gateway", *command)
+        yield engine, *_start(stack, folder, "gateway", *command)
 
 
-def _start(stack: contextlib.ExitStack, folder: Path, name: str, *command: str) -> str:
+def _start(
+    stack: contextlib.ExitStack, folder: Path, name: str, *command: str
+) -> tuple[str, psutil.Process]:
     log = stack.enter_context((folder / f"{name}.log").open("w"))
     process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stderr=log)
     stack.callback(process.wait, 30)
@@ -117,7 +121,8 @@ def _start(stack: contextlib.ExitStack, folder: Path, name: str, *command: str) 
     file = folder / name
     for _ in range(600):
         if file.exists():
-            return f"http://127.0.0.1:{json.loads(file.read_text())['port']}"
+            url = f"http://127.0.0.1:{json.loads(file.read_text())['port']}"
+            return url, psutil.Process(process.pid)
         if process.poll() is not None:
             break
         time.sleep(0.1)
@@ -188,6 +193,8 @@ async def through(gateway: HttpClient, agents: list[Agent], calls: int) -> float
                     return
                 left -= 1
                 agent.hear(await call(gateway, agent), turn)
+            ended = orjson.dumps({"episode": agent.episode})
+            await gateway.request("POST", "/control/close", ended, timeout_s=TIMEOUT_S)
 
     begin = time.perf_counter()
     await asyncio.gather(*(one(f"load{number}") for number in range(AGENTS)))
@@ -225,17 +232,26 @@ def check(pool: Pool, agents: Sequence[Agent]) -> dict[str, int]:
     return {"records": records, "id_mismatches": wrong, "mismatches_if_rendered": changed}
 
 
-async def measure(urls: tuple[str, str], calls: int) -> tuple[Json, list[Json], list[Agent]]:
-    engine, gateway = HttpClient(urls[0]), HttpClient(urls[1])
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def measure(
+    engine_url: str, gateway_url: str, process: psutil.Process, calls: int
+) -> tuple[Json, list[Json], list[Agent]]:
+    engine, gateway = HttpClient(engine_url), HttpClient(gateway_url)
     agents: list[Agent] = []
     rows = await pairs(gateway, engine, agents)  # which warms both
     added = sorted((row["gateway_s"] - row["direct_s"]) * 1e3 for row in rows)
     speeds: list[Json] = []
     for _ in range(ROUNDS):
-        begin = len(agents)
+        begin, spent = len(agents), cpu_s(process)
         speed = await through(gateway, agents, calls // ROUNDS)
+        spent = (cpu_s(process) - spent) * 1e3 / (calls // ROUNDS)
         prompts = [prompt for agent in agents[begin:] if agent.said for prompt in expected(agent)]
-        speeds.append({"calls_s": speed, "direct_calls_s": await beside(engine, prompts)})
+        alone = await beside(engine, prompts)
+        speeds.append({"calls_s": speed, "direct_calls_s": alone, "cpu_ms_call": spent})
     health = orjson.loads((await gateway.request("GET", "/healthz", timeout_s=TIMEOUT_S)).body)
     figures = {
         "added_ms_p50": statistics.median(added),
@@ -244,6 +260,7 @@ async def measure(urls: tuple[str, str], calls: int) -> tuple[Json, list[Json], 
         "calls_s": statistics.median(row["calls_s"] for row in speeds),
         "direct_calls_s": statistics.median(row["direct_calls_s"] for row in speeds),
         "vs_direct": statistics.median(r["calls_s"] / r["direct_calls_s"] for r in speeds),
+        "cpu_ms_call": statistics.median(row["cpu_ms_call"] for row in speeds),
         "prompt_tokens_mean": statistics.mean(row["prompt"] for row in rows),
     }
     return figures, [*speeds, {"part": "gateway", **health["counts"]}], agents
@@ -258,8 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            with processes(folder) as urls:
-                figures, rows, agents = asyncio.run(measure(urls, options.calls))
+            with processes(folder) as (engine, gateway, process):
+                figures, rows, agents = asyncio.run(
+                    measure(engine, gateway, process, options.calls)
+                )
         except BenchmarkError as error:
             print(f"error: {error}", file=sys.stderr)
             return 5

@@ -28,6 +28,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -227,26 +228,40 @@ def turn_of(message: Message) -> Turn:
     if not isinstance(thinking, str) or not thinking:
         thinking = thought.removeprefix(THINK) if mark else ""
     calls, marks = _calls(message)
-    return Turn("assistant", _plain([shown.strip(), calls]), thinking.strip(), marks)
+    shown = shown.strip()
+    # text is safe to look up; of two equal objects one may hold 1 where the other holds true
+    as_text = all(isinstance(arguments, str) for _, arguments in calls)
+    said = _said_of_text(shown, calls) if as_text else _said(shown, calls)
+    return Turn("assistant", said, thinking.strip(), marks)
 
 
-def _calls(message: Message) -> tuple[list[list[Any]], tuple[str, ...]]:
-    calls = message.get("tool_calls") or []
+def _calls(message: Message) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+    """Names with arguments, and the ids."""
+    calls = message.get("tool_calls") or ()
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise ChatFormatError("tool_calls must be a list of calls")
-    plain: list[list[Any]] = []
+    found: list[tuple[str, Any]] = []
     marks: list[str] = []
     for call in calls:
-        inner = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise ChatFormatError('a tool call must be {"function": {"name": …, "arguments": …}}')
-        arguments = inner.get("arguments") or {}
+        found.append((inner["name"], inner.get("arguments") or {}))
+        marks.append(str(call.get("id", "")))
+    return tuple(found), tuple(marks)
+
+
+def _said(shown: str, calls: Sequence[tuple[str, Any]]) -> bytes:
+    plain: list[list[Any]] = []
+    for name, arguments in calls:
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError):
                 arguments = orjson.loads(arguments)
-        plain.append([inner["name"], arguments])
-        marks.append(str(call.get("id", "")))
-    return plain, tuple(marks)
+        plain.append([name, arguments])
+    return _plain([shown, plain])
+
+
+_said_of_text = lru_cache(1024)(_said)  # a conversation shows its turns again and again
 
 
 def _plain(value: Any) -> bytes:
