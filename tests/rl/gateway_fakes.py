@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 
 from model.tokenizer import Tokenizer
 from rl.pool import Pool
@@ -40,6 +41,16 @@ TOOLS = [
         },
     }
 ]
+HELLO = [{"role": "user", "content": "Hello."}]
+ANTHROPIC_TOOLS = [
+    {
+        "name": "run",
+        "description": "Runs code.",
+        "input_schema": TOOLS[0]["function"]["parameters"],
+    }
+]
+FLAT_TOOLS = [{"type": "function", **TOOLS[0]["function"]}]
+PATHS = ["chat/completions", "completions", "responses", "messages"]
 CALLING = (
     "I must run it.\n</think>\n\nRunning:\n<minimax:tool_call>\n"
     '<invoke name="run">\n<parameter name="code">print(1)</parameter>\n'
@@ -211,3 +222,23 @@ def until(true: Callable[[], Any], seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.02)
+
+
+def client(url: str, **more: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", **({"max_retries": 0} | more))
+
+
+def ask_of(path: str, **more: Any) -> Json:
+    """The least request of a dialect."""
+    body: Json = {"model": "m", "messages": HELLO}
+    if path == "completions":
+        body = {"model": "m", "prompt": "Hello.", "max_tokens": 50}
+    elif path == "responses":
+        body = {"model": "m", "input": "Hello."}
+    elif path == "messages":
+        body |= {"max_tokens": 50}
+    return body | more
+
+
+def post(url: str, path: str, body: Any, **more: Any) -> httpx.Response:
+    return HTTP.post(f"{url}/{path}", json=body, **more)
