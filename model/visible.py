@@ -120,8 +120,8 @@ def block_mask(visibility: Visibility, reach: Reach, block: int = BLOCK) -> Bloc
         some_nn &= most_n > near_n[:, None]
         all_nn &= least_n > far_n[:, None]
     mask: BlockMask = BlockMask.from_kv_blocks(
-        *_listed(some_nn & ~all_nn),
-        *_listed(all_nn),
+        *listed_blocks(some_nn & ~all_nn),
+        *listed_blocks(all_nn),
         BLOCK_SIZE=block,
         mask_mod=mask_mod(tout_T, depth_T, until_T),
         seq_lengths=(len(tout_T), len(tout_T)),
@@ -129,7 +129,7 @@ def block_mask(visibility: Visibility, reach: Reach, block: int = BLOCK) -> Bloc
     return mask
 
 
-def _listed(mask_nn: Tensor) -> tuple[Tensor, Tensor]:
+def listed_blocks(mask_nn: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks are true in each row, and all of the row's blocks, the true ones first."""
     count_n = mask_nn.sum(dim=-1, dtype=torch.int32)
     order_nn = mask_nn.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)

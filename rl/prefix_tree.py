@@ -17,8 +17,12 @@ contributions: that is what the gradient of the sum is.
 
 *Budget.* A run of sorted calls is a tree of its own. A tree above the budget is cut into such runs;
 each repeats the path to its first call, and every call is trained in exactly one of them.
+(`rl.tree_plan` has another way to cut.)
 
-Shapes: M packed tokens, n trained tokens, C calls.
+*Labels.* What else a token's state depends on, the experts it was routed to when they are replayed,
+is compared beside its id: tokens are merged where both are equal.
+
+Shapes: M packed tokens, n trained tokens, C calls, X numbers of a token's label.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +56,7 @@ class Pack:
     calls_M: how many calls pass through it (load statistics count a token that often).
     predictor_n, target_n, call_n, offset_n: for every trained token, call after call: the packed
     index that predicts it, its id, its call (index into the sequence that was packed) and its place
-    in the response.
+    in the response. labels_MX: each token's label (−1: its call has none; None: no call has).
     """
 
     ids_M: Ints
@@ -63,6 +67,12 @@ class Pack:
     target_n: Ints
     call_n: Ints
     offset_n: Ints
+    labels_MX: Ints | None = None
+
+    @property
+    def starts(self) -> Ints:
+        """Where tokens begin that do not continue the one before them: one a call that adds any."""
+        return np.flatnonzero(np.diff(self.depth_M, prepend=-2) != 1)
 
     @property
     def tokens(self) -> int:
@@ -81,12 +91,13 @@ class Sorted:
 
     `rows[i]` is what must be computed of the i-th (all but its last token, which predicts nothing),
     `index[i]` its place in the sequence given, `shared[i]` the length of the prefix that it has in
-    common with the one before it (0 for the first).
+    common with the one before it (0 for the first), `labels[i]` (tokens of the row, X).
     """
 
     rows: tuple[Ints, ...]
     index: tuple[int, ...]
     shared: tuple[int, ...]
+    labels: tuple[Ints, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -94,28 +105,71 @@ class Sorted:
         return sum(len(row) for row in self.rows) - sum(self.shared)
 
 
-def sort_calls(calls: Sequence[Call]) -> Sorted:
+Labels = Sequence[Ints | None]
+"""For each call the labels of all its tokens but the last (tokens − 1, X), or None."""
+
+
+def sort_calls(calls: Sequence[Call], labels: Labels | None = None) -> Sorted:
     """Order calls so that equal prefixes are neighbours.
 
-    Raises ValueError for a call without a prompt: nothing would predict its first token.
+    Raises ValueError for a call without a prompt: nothing would predict its first token; and for
+    labels of another shape.
     """
-    found: list[tuple[bytes, int, Ints]] = []
+    found = _rows(calls, labels)
+    # Bytes of big-endian numbers sort as the numbers do.
+    key = [_joined(row, label).astype(">i4").tobytes() for _, row, label in found]
+    order = sorted(range(len(found)), key=lambda i: (key[i], found[i][0]))
+    found = [found[i] for i in order]
+    joined = [_joined(row, label) for _, row, label in found]
+    shared = [0, *(_common(a, b) for a, b in pairwise(joined))]
+    return _sorted(found, shared[: len(found)])
+
+
+def apart(calls: Sequence[Call], labels: Labels | None = None) -> Sorted:
+    """The same without any sharing, longest calls first. Raises ValueError as `sort_calls`."""
+    found = sorted(_rows(calls, labels), key=lambda entry: -len(entry[1]))
+    return _sorted(found, [0] * len(found))
+
+
+_Row = tuple[int, Ints, Ints | None]  # index, ids, labels
+
+
+def _rows(calls: Sequence[Call], labels: Labels | None) -> list[_Row]:
+    found: list[_Row] = []
+    width = next((label.shape[1] for label in labels or () if label is not None), 0)
     for index, call in enumerate(calls):
         if not len(call.prompt_ids):
             raise ValueError(f"call {index} has no prompt; give at least one token")
-        if len(call.response_ids):
-            ids = np.fromiter((*call.prompt_ids, *call.response_ids), np.int64)[:-1]
-            # Bytes of big-endian numbers sort as the numbers do.
-            found.append((ids.astype(">u4").tobytes(), index, ids))
-    found.sort(key=lambda entry: entry[:2])
-    rows = [ids for _, _, ids in found]
-    shared = [0, *(_common(a, b) for a, b in pairwise(rows))]
-    return Sorted(tuple(rows), tuple(i for _, i, _ in found), tuple(shared[: len(rows)]))
+        if not len(call.response_ids):
+            continue
+        ids = np.fromiter((*call.prompt_ids, *call.response_ids), np.int64)[:-1]
+        label = None
+        if width and labels is not None:
+            label = labels[index]
+            if label is None:
+                label = np.full((len(ids), width), -1, np.int64)
+            if label.shape != (len(ids), width):
+                raise ValueError(
+                    f"call {index}: labels of shape {label.shape}; it has {len(ids)} tokens before "
+                    f"its last, and others have {width} numbers a token"
+                )
+        found.append((index, ids, label))
+    return found
 
 
-def _common(a: Ints, b: Ints) -> int:
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
+def _joined(ids: Ints, label: Ints | None) -> Ints:
+    return ids[:, None] if label is None else np.concatenate([ids[:, None], label], axis=1)
+
+
+def _sorted(found: Sequence[_Row], shared: Sequence[int]) -> Sorted:
+    labels = tuple(label for _, _, label in found if label is not None)
+    rows, index = tuple(ids for _, ids, _ in found), tuple(i for i, _, _ in found)
+    return Sorted(rows, index, tuple(shared), labels or None)
+
+
+def _common(a_TX: Ints, b_TX: Ints) -> int:
+    length = min(len(a_TX), len(b_TX))
+    differs = (a_TX[:length] != b_TX[:length]).any(axis=1)
     return int(differs.argmax()) if differs.any() else length
 
 
@@ -145,16 +199,19 @@ def cut(found: Sorted, budget: int | None) -> list[range]:
 def build_packs(calls: Sequence[Call], budget: int | None = None) -> list[Pack]:
     """All calls that have a response, in trees of at most `budget` packed tokens (None: one)."""
     found = sort_calls(calls)
-    return [_lay_out(calls, found, run) for run in cut(found, budget)]
+    return [lay_out(calls, found, run) for run in cut(found, budget)]
 
 
-def _lay_out(calls: Sequence[Call], found: Sorted, run: range) -> Pack:
+def lay_out(calls: Sequence[Call], found: Sorted, run: range | None = None) -> Pack:
+    """One pack of a run of sorted calls (None: of all)."""
+    run = range(len(found.rows)) if run is None else run
     longest = max(len(found.rows[i]) for i in run)
     total = sum(len(found.rows[i]) for i in run) - sum(found.shared[i] for i in run[1:])
     ids_M, depth_M, tout_M, calls_M = (np.zeros(total, np.int64) for _ in range(4))
     path = np.zeros(longest, np.int64)  # packed index of each token of the call at hand
     size = length = 0
     parts: list[tuple[Ints, Ints, Ints, Ints]] = []
+    labels: list[Ints] = []
     for i in run:
         row, kept = found.rows[i], found.shared[i] if i > run.start else 0
         tout_M[path[kept:length]] = size  # the subtrees that end where this call turns off
@@ -164,6 +221,8 @@ def _lay_out(calls: Sequence[Call], found: Sorted, run: range) -> Pack:
         depth_M[size : size + more] = np.arange(kept, length)
         calls_M[path[:length]] += 1
         size += more
+        if found.labels is not None:
+            labels.append(found.labels[i][kept:])
         call = calls[found.index[i]]
         prompt, response = len(call.prompt_ids), len(call.response_ids)
         parts.append(
@@ -175,5 +234,7 @@ def _lay_out(calls: Sequence[Call], found: Sorted, run: range) -> Pack:
             )
         )
     tout_M[path[:length]] = size
-    columns: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Pack(ids_M, depth_M, tout_M, calls_M, *columns)
+    labels_MX = np.concatenate(labels) if labels else None
+    predictor_n, target_n, call_n, offset_n = (np.concatenate(x) for x in zip(*parts, strict=True))
+    found_n = predictor_n, target_n, call_n, offset_n
+    return Pack(ids_M, depth_M, tout_M, calls_M, *found_n, labels_MX)
