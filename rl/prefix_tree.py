@@ -42,10 +42,10 @@ class Call(Protocol):
     """What is merged: exact ids."""
 
     @property
-    def prompt_ids(self) -> Sequence[int]: ...
+    def prompt_ids(self) -> Sequence[int] | Ints: ...
 
     @property
-    def response_ids(self) -> Sequence[int]: ...
+    def response_ids(self) -> Sequence[int] | Ints: ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ class Sorted:
     shared: tuple[int, ...]
     labels: tuple[Ints, ...] | None = None
 
+    def apart(self) -> Sorted:
+        """The same calls without any sharing, longest first."""
+        order = sorted(range(len(self.rows)), key=lambda i: -len(self.rows[i]))
+        labels = None if self.labels is None else tuple(self.labels[i] for i in order)
+        rows, index = tuple(self.rows[i] for i in order), tuple(self.index[i] for i in order)
+        return Sorted(rows, index, (0,) * len(order), labels)
+
     @property
     def tokens(self) -> int:
         """Tokens of the whole tree."""
@@ -125,12 +132,6 @@ def sort_calls(calls: Sequence[Call], labels: Labels | None = None) -> Sorted:
     return _sorted(found, shared[: len(found)])
 
 
-def apart(calls: Sequence[Call], labels: Labels | None = None) -> Sorted:
-    """The same without any sharing, longest calls first. Raises ValueError as `sort_calls`."""
-    found = sorted(_rows(calls, labels), key=lambda entry: -len(entry[1]))
-    return _sorted(found, [0] * len(found))
-
-
 _Row = tuple[int, Ints, Ints | None]  # index, ids, labels
 
 
@@ -142,7 +143,7 @@ def _rows(calls: Sequence[Call], labels: Labels | None) -> list[_Row]:
             raise ValueError(f"call {index} has no prompt; give at least one token")
         if not len(call.response_ids):
             continue
-        ids = np.fromiter((*call.prompt_ids, *call.response_ids), np.int64)[:-1]
+        ids = np.concatenate([_array(call.prompt_ids), _array(call.response_ids)])[:-1]
         label = None
         if width and labels is not None:
             label = labels[index]
@@ -155,6 +156,10 @@ def _rows(calls: Sequence[Call], labels: Labels | None) -> list[_Row]:
                 )
         found.append((index, ids, label))
     return found
+
+
+def _array(ids: Sequence[int] | Ints) -> Ints:
+    return ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64, len(ids))
 
 
 def _joined(ids: Ints, label: Ints | None) -> Ints:
@@ -228,7 +233,7 @@ def lay_out(calls: Sequence[Call], found: Sorted, run: range | None = None) -> P
         parts.append(
             (
                 path[prompt - 1 : length].copy(),
-                np.fromiter(call.response_ids, np.int64),
+                _array(call.response_ids),
                 np.full(response, found.index[i], np.int64),
                 np.arange(response, dtype=np.int64),
             )

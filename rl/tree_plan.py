@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from rl.prefix_tree import Call, Ints, Pack, Sorted, apart, cut, lay_out, sort_calls
+from rl.prefix_tree import Call, Ints, Labels, Pack, Sorted, cut, lay_out, sort_calls
 
 Merge = Literal["auto", "always", "never"]
 Split = Literal["auto", "repeat", "carry"]
@@ -54,10 +54,19 @@ class Costs:
         """Of a pack computed in so many passes."""
         starts = pack.starts
         lengths = np.diff(np.append(starts, pack.tokens))
-        even = not pack.depth_M[starts].any() and len(np.unique(lengths)) == 1
+        whole = not pack.depth_M[starts].any()
+        return self._sum(pack.tokens, pack.pairs, lengths, whole, passes)
+
+    def of_rows(self, rows: Sequence[Ints], budget: int) -> float:
+        """Of calls one by one, in passes of at most `budget` tokens."""
+        lengths = np.array([len(row) for row in rows])
+        tokens, pairs = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+        return self._sum(tokens, pairs, lengths, True, -(-tokens // budget))
+
+    def _sum(self, tokens: int, pairs: int, lengths: Ints, whole: bool, passes: int) -> float:
+        even = whole and bool((lengths == lengths[0]).all())
         pair = self.pair * (self.even_pair if even else 1.0)
-        work = self.token * pack.tokens + pair * pack.pairs
-        return work + self.start * passes + self.row * len(starts)
+        return self.token * tokens + pair * pairs + self.start * passes + self.row * len(lengths)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ def plan_step(
     *,
     merge: Merge = "auto",
     split: Split = "auto",
-    labels: Sequence[Ints | None] | None = None,
+    labels: Labels | None = None,
 ) -> Plan:
     """Lay calls out in pieces of at most `budget` tokens.
 
@@ -118,17 +127,15 @@ def plan_step(
     if budget < 1:
         raise ValueError(f"a budget of {budget} tokens; give at least one")
     tree = sort_calls(calls, labels)
-    alone = apart(calls, labels)
     if not tree.rows:
         return Plan((), (), False, "carry", 0, 0, 1.0)
-    call_tokens = sum(len(row) for row in tree.rows)
-    plain_cost = costs.of(whole := lay_out(calls, alone), -(-whole.tokens // budget))
-    if merge == "never" or (merge == "auto" and tree.tokens > (1 - MARGIN) * call_tokens):
-        return _in_pieces(calls, alone, budget, costs, split, False, plain_cost)
-    merged = _in_pieces(calls, tree, budget, costs, split, True, plain_cost)
-    if merge == "auto" and merged.cost_share > 1 - MARGIN:
-        return _in_pieces(calls, alone, budget, costs, split, False, plain_cost)
-    return merged
+    plain_cost = costs.of_rows(tree.rows, budget)
+    saved = sum(tree.shared) >= MARGIN * sum(map(len, tree.rows))
+    if merge == "always" or (merge == "auto" and saved):
+        merged = plan_layout(calls, tree, budget, costs, split, plain_cost)
+        if merge == "always" or merged.cost_share <= 1 - MARGIN:
+            return merged
+    return plan_layout(calls, tree.apart(), budget, costs, split, plain_cost)
 
 
 _Priced = tuple[
@@ -136,16 +143,18 @@ _Priced = tuple[
 ]
 
 
-def _in_pieces(
+def plan_layout(
     calls: Sequence[Call],
     found: Sorted,
     budget: int,
     costs: Costs,
-    split: Split,
-    merged: bool,
-    plain_cost: float,
+    split: Split = "auto",
+    plain_cost: float | None = None,
 ) -> Plan:
-    """The cheaper of the two splits, or the one asked for."""
+    """Pieces of this very layout, by the cheaper of the two splits or the one asked for."""
+    if plain_cost is None:
+        plain_cost = costs.of_rows(found.rows, budget)
+    merged = any(found.shared)
     call_tokens = sum(len(row) for row in found.rows)
     plans: list[_Priced] = []
     if split != "repeat":

@@ -51,13 +51,13 @@ class Trained(Protocol):
     """A call to train on: one recorded log-prob a response id, one advantage for all of them."""
 
     @property
-    def prompt_ids(self) -> Sequence[int]: ...
+    def prompt_ids(self) -> Sequence[int] | Ints: ...
 
     @property
-    def response_ids(self) -> Sequence[int]: ...
+    def response_ids(self) -> Sequence[int] | Ints: ...
 
     @property
-    def logprobs(self) -> Sequence[float]: ...
+    def logprobs(self) -> Sequence[float] | Floats: ...
 
     @property
     def advantage(self) -> float: ...
@@ -125,8 +125,32 @@ def backward_packs(
     the whole step where these samples are a part of it (data parallel).
     Raises ValueError as `tree_plan.plan_step`, and for unequal numbers of ids and log-probs.
     """
-    table = _Table.of(samples, objective, step_tokens, step_calls)
     plan = plan_step(samples, budget, costs_of(model), merge=merge, split=split, labels=routed)
+    return backward_plan(
+        model,
+        samples,
+        plan,
+        objective,
+        temperature,
+        step_tokens=step_tokens,
+        step_calls=step_calls,
+        count_load=count_load,
+    )
+
+
+def backward_plan(
+    model: Transformer,
+    samples: Sequence[Trained],
+    plan: Plan,
+    objective: Objective,
+    temperature: float,
+    *,
+    step_tokens: int | None = None,
+    step_calls: int | None = None,
+    count_load: bool = False,
+) -> StepSums:
+    """`backward_packs` by a plan made before; it serves all updates of a batch."""
+    table = _Table.of(samples, objective, step_tokens, step_calls)
     run = _Run(model, objective, temperature, table, count_load)
     for pack, pieces in zip(plan.packs, plan.pieces, strict=True):
         run.pack(pack, pieces)

@@ -67,7 +67,7 @@ def forest(seed, turns=18):
 
 def one_pass_a_call(model, calls, objective, forced=None):
     """Loss, gradients, entropy and expert load by definition."""
-    name, (made, part) = objective
+    made, part = OBJECTIVES[objective]
     trained = [[math.isfinite(x) for x in c.logprobs] for c in calls]
     tokens = sum(map(sum, trained))
     used = sum(any(t) for t in trained)
@@ -97,7 +97,9 @@ def one_pass_a_call(model, calls, objective, forced=None):
 
 def check(model, calls, objective, tolerance, forced=None, **how):
     loss, grads, entropy, load = one_pass_a_call(model, calls, objective, forced)
-    sums = backward_packs(model, calls, objective[1][0], TEMPERATURE, count_load=True, **how)
+    sums = backward_packs(
+        model, calls, OBJECTIVES[objective][0], TEMPERATURE, count_load=True, **how
+    )
     assert float(sums.terms.loss) == pytest.approx(loss, rel=tolerance, abs=tolerance)
     assert sums.entropy == pytest.approx(entropy, rel=10 * tolerance)
     assert torch.equal(sums.load_LE, load)
@@ -137,7 +139,7 @@ def test_every_plan_gives_the_gradients_of_one_pass_a_call(config, plan, strands
     sums = check(
         model,
         calls,
-        ("cispo", OBJECTIVES["cispo"]),
+        "cispo",
         1e-12,
         merge=merge,
         split=split,
@@ -160,13 +162,13 @@ def test_random_forests(seed, dtype, tolerance):
     name = sorted(OBJECTIVES)[seed % 4]
     budget = random.Random(seed).choice([9, 20, 33, 70, 500])
     merge = "always" if seed % 3 else "auto"
-    check(model, forest(seed), (name, OBJECTIVES[name]), tolerance, budget=budget, merge=merge)
+    check(model, forest(seed), name, tolerance, budget=budget, merge=merge)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective(name):
     model = Transformer(DENSE, seed=2).double()
-    check(model, forest(5, turns=6), (name, OBJECTIVES[name]), 1e-12, budget=40, merge="always")
+    check(model, forest(5, turns=6), name, 1e-12, budget=40, merge="always")
 
 
 def test_unusable_log_probs_leave_numerator_and_denominator():
@@ -177,7 +179,7 @@ def test_unusable_log_probs_leave_numerator_and_denominator():
     ]
     lost = sum(not math.isfinite(x) for c in calls for x in c.logprobs)
     for name in ("cispo", "grpo"):
-        sums = check(model, calls, (name, OBJECTIVES[name]), 1e-12, budget=50)
+        sums = check(model, calls, name, 1e-12, budget=50)
         assert sums.nonfinite == lost > 0
 
 
@@ -216,14 +218,13 @@ def test_replayed_experts_are_part_of_what_is_compared(budget):
         None if r is None else torch.from_numpy(r).view(-1, 2, 2).transpose(0, 1).contiguous()
         for r in routed
     ]
-    objective = ("cispo", OBJECTIVES["cispo"])
-    check(model, calls, objective, 1e-12, forced, budget=budget, merge="always", routed=routed)
+    check(model, calls, "cispo", 1e-12, forced, budget=budget, merge="always", routed=routed)
 
 
 def test_merging_is_given_up_where_nothing_is_shared():
     model = Transformer(DENSE, seed=2).double()
     calls = [One((i, 1, 2), (3, 4, 5), (-1.0,) * 3, 1.0) for i in range(20)]
-    sums = check(model, calls, ("cispo", OBJECTIVES["cispo"]), 1e-12, budget=30)
+    sums = check(model, calls, "cispo", 1e-12, budget=30)
     assert not sums.plan.merged
     assert sums.metrics()["tree/ratio_vs_calls"] == 1.0
 
