@@ -114,7 +114,7 @@ setup-vllm: .venv-vllm/.stamp
 bench-setup: setup-vllm
 	$(PYTHON) -m venv .venv-bench
 	$(call PIP,.venv-bench) '$(TORCH)'
-	$(call PIP,.venv-bench) -e . 'transformers>=5.19'
+	$(call PIP,.venv-bench) -e . 'transformers>=5.19' 'trl>=1.16,<2'
 
 # Every hostile script on every engine and as an ordinary user, then the leak count: needs root and
 # a Docker engine (DOCKER_HOST, or docker.io installed).

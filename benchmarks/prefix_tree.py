@@ -238,7 +238,7 @@ class Bench:
             row["efficiency_rows"] = row["speedup_rows"] / row["flop_ratio_rows"]
             best = min(best, row["speedup_rows"])
         row["vs_best_baseline"] = best
-        row |= sums.metrics() | {"split": sums.plan.split}
+        row |= dict(sums.figures) | {"split": sums.plan.split}
         if self.cuda:
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return row

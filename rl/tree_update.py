@@ -14,8 +14,8 @@ f response tokens of all calls, K key heads, D head size, k experts a token, H h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -65,27 +65,35 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a step's passes add up to. `terms.loss` has no graph any more; `entropy` is a sum in
-    nats over the trained tokens; `nonfinite` counts recorded log-probs that were left out;
-    `load_LE` how often each expert was chosen, each call's tokens counted (None: not asked for)."""
+    """What a step's passes add up to. `loss` is the whole loss; `*_sum` run over the step's trained
+    `tokens` (nats); `nonfinite` counts recorded log-probs that were left out; `figures` go into the
+    step's row; `load_LE` is how often each expert was chosen, each call's tokens counted (None: not
+    asked for)."""
 
-    terms: Terms
-    entropy: float
+    loss: float
+    tokens: int
     nonfinite: int
+    weight_sum: float
+    weight_max: float
+    capped: int
+    kl_sum: float
+    kl_max: float
+    entropy_sum: float
+    figures: Mapping[str, float]
     plan: Plan
     load_LE: Tensor | None = None
 
-    def metrics(self) -> dict[str, float]:
-        """For the step's row."""
-        plan = self.plan
-        return {
-            "tree/merged": float(plan.merged),
-            "tree/ratio_vs_calls": plan.ratio_calls,
-            "tree/cost_share": plan.cost_share,
-            "tree/packed_tokens": float(plan.tokens),
-            "tree/open_tokens": float(plan.open_tokens),
-            "tree/pieces": float(sum(len(pieces) for pieces in plan.pieces)),
-        }
+
+def figures_of(plan: Plan) -> dict[str, float]:
+    """What was decided, for the step's row."""
+    return {
+        "tree/merged": float(plan.merged),
+        "tree/ratio_vs_calls": plan.ratio_calls,
+        "tree/cost_share": plan.cost_share,
+        "tree/packed_tokens": float(plan.tokens),
+        "tree/open_tokens": float(plan.open_tokens),
+        "tree/pieces": float(sum(len(pieces) for pieces in plan.pieces)),
+    }
 
 
 def costs_of(model: Transformer) -> Costs:
@@ -154,7 +162,21 @@ def backward_plan(
     run = _Run(model, objective, temperature, table, count_load)
     for pack, pieces in zip(plan.packs, plan.pieces, strict=True):
         run.pack(pack, pieces)
-    return StepSums(run.terms, run.entropy, table.nonfinite, plan, run.load_LE)
+    terms = run.terms
+    return StepSums(
+        loss=sum(float(x.loss.detach()) for x in terms),
+        tokens=sum(x.tokens for x in terms),
+        nonfinite=table.nonfinite,
+        weight_sum=sum(x.weight_sum for x in terms),
+        weight_max=max((x.weight_max for x in terms), default=0.0),
+        capped=sum(x.capped for x in terms),
+        kl_sum=sum(x.kl_sum for x in terms),
+        kl_max=max((x.kl_max for x in terms), default=0.0),
+        entropy_sum=sum(run.entropies),
+        figures=figures_of(plan),
+        plan=plan,
+        load_LE=run.load_LE,
+    )
 
 
 @dataclass(frozen=True)
@@ -213,8 +235,8 @@ class _Run:
     ) -> None:
         self.model, self.objective, self.temperature = model, objective, temperature
         self.table, self.count_load = table, count_load
-        self.terms = Terms(torch.zeros((), device=model.device), 0, 0.0, 0.0, 0, 0.0, 0.0)
-        self.entropy = 0.0
+        self.terms: list[Terms] = []
+        self.entropies: list[float] = []
         self.load_LE: Tensor | None = None
 
     def pack(self, pack: Pack, pieces: Sequence[Piece]) -> None:
@@ -288,8 +310,8 @@ class _Run:
             logp_n, *(torch.from_numpy(x[place_n]).to(logp_n.device, logp_n.dtype) for x in columns)
         )
         terms = self.objective.loss(tokens)
-        self.terms = _added(self.terms, terms)
-        self.entropy += float(entropy_n.sum())
+        self.terms.append(replace(terms, loss=terms.loss.detach()))
+        self.entropies.append(float(entropy_n.sum()))
         return terms.loss
 
 
@@ -417,15 +439,3 @@ def _forced(model: Transformer, pack: Pack, piece: Piece) -> Tensor | None:
             f"layers of {shape[2]} experts a token"
         )
     return labels_MX.view(shape).transpose(0, 1).contiguous()
-
-
-def _added(a: Terms, b: Terms) -> Terms:
-    return Terms(
-        a.loss + b.loss.detach(),
-        a.tokens + b.tokens,
-        a.weight_sum + b.weight_sum,
-        max(a.weight_max, b.weight_max),
-        a.capped + b.capped,
-        a.kl_sum + b.kl_sum,
-        max(a.kl_max, b.kl_max),
-    )

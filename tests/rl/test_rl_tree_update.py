@@ -100,8 +100,8 @@ def check(model, calls, objective, tolerance, forced=None, **how):
     sums = backward_packs(
         model, calls, OBJECTIVES[objective][0], TEMPERATURE, count_load=True, **how
     )
-    assert float(sums.terms.loss) == pytest.approx(loss, rel=tolerance, abs=tolerance)
-    assert sums.entropy == pytest.approx(entropy, rel=10 * tolerance)
+    assert sums.loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
+    assert sums.entropy_sum == pytest.approx(entropy, rel=10 * tolerance)
     assert torch.equal(sums.load_LE, load)
     scale = max(float(g.norm()) for g in grads)
     for (name, p), theirs in zip(model.named_parameters(), grads, strict=True):
@@ -150,7 +150,7 @@ def test_every_plan_gives_the_gradients_of_one_pass_a_call(config, plan, strands
     assert all(len(piece.own_M) <= budget for piece in pieces)
     if budget <= 48:
         assert sums.plan.open_tokens > 0 and len(pieces) >= 3
-    assert sums.terms.capped > 0
+    assert sums.capped > 0
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -226,7 +226,7 @@ def test_merging_is_given_up_where_nothing_is_shared():
     calls = [One((i, 1, 2), (3, 4, 5), (-1.0,) * 3, 1.0) for i in range(20)]
     sums = check(model, calls, "cispo", 1e-12, budget=30)
     assert not sums.plan.merged
-    assert sums.metrics()["tree/ratio_vs_calls"] == 1.0
+    assert sums.figures["tree/ratio_vs_calls"] == 1.0
 
 
 def test_refusals():
@@ -242,4 +242,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="5 numbers a token; the model has 2 layers of 1"):
         backward_packs(model, [good], objective, 1.0, 10, routed=[np.zeros((2, 5), np.int64)])
     empty = backward_packs(model, [replace(good, response_ids=(), logprobs=())], objective, 1.0, 9)
-    assert empty.terms.tokens == 0
+    assert empty.tokens == 0
