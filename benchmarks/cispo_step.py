@@ -4,16 +4,18 @@
 Loss and backward pass of one optimiser step, in turns in one process, on equal weights, ids,
 recorded log-probs, advantages and ceiling: ours is `rl.tree_update.backward_packs`, planning
 included; TRL's is `GRPOTrainer._compute_loss` (`loss_type="cispo"`) and `accelerator.backward` over
-micro-batches that share one `num_items_in_batch`. TRL is given what suits it: the checkpoint in
-transformers' own class with its fastest experts, no activation checkpointing, samples sorted by
-length and padded to their micro-batch's longest (TRL itself pads to the longest of all).
+micro-batches that share one `num_items_in_batch`, with transformers' own class of the model, its
+fastest experts and no activation checkpointing. `speedup_*` is over TRL as it batches: samples in
+their order, prompts padded to the longest prompt of the step and completions to the longest
+completion. `sorted_*` is over the same code on samples sorted by length and padded to their own
+micro-batch's longest, which TRL does not do.
 
     append_calls    agents that append only, one sample a call (what a request-level pool holds)
     append_rows     the same, TRL with each episode joined in one row under a `tool_mask`
     nothing_shared  single calls of uneven length
 
-The step of TRL that is longer than ours by far is timed on every k-th sample and scaled by tokens
-(`trl_timed_share`); losses and gradient norms are compared on a part that both compute whole. On a
+Where TRL's step is much longer than ours, every k-th micro-batch is timed and scaled by tokens
+(`timed_share`); losses and gradient norms are compared on a part that both compute whole. On a
 CPU: the bundled `nano` in float32, seconds are CPU-seconds of one thread. On a GPU: `small` with
 random weights in bfloat16 and FP32 logits. Exit code 1 if a target is missed.
 """
@@ -29,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,14 @@ def episode_rows(calls: Sequence[One]) -> list[Row]:
             trained[at], recorded[at], advantage[at] = 1, c.logprobs, c.advantage
         rows.append(Row(ids, prompt, trained, recorded, advantage))
     return rows
+
+
+Batch = dict[str, Tensor]
+
+
+def _widths(rows: Sequence[Row]) -> tuple[int, int]:
+    """The longest prompt and the longest completion."""
+    return max(row.prompt for row in rows), max(len(row.trained) for row in rows)
 
 
 class Ours:
@@ -168,19 +179,20 @@ class Theirs:
         self.trainer.current_gradient_accumulation_steps = 1
         self.dtype = dtype
 
-    def batches(self, rows: Sequence[Row], trained: int) -> list[dict[str, Tensor]]:
-        """Micro-batches of at most `budget` padded tokens, longest first."""
-        order = sorted(rows, key=lambda row: -len(row.ids))
+    def batches(self, rows: Sequence[Row], trained: int, by_length: bool) -> list[Batch]:
+        """Micro-batches of at most `budget` padded tokens, padded as the module's page says."""
+        order = sorted(rows, key=lambda row: -len(row.ids)) if by_length else list(rows)
+        all_of_them = _widths(rows)
         batches = []
         while order:
-            count = max(1, self.budget // len(order[0].ids))
-            batches.append(self._batch(order[:count], trained))
-            order = order[count:]
+            width = len(order[0].ids) if by_length else sum(all_of_them)
+            some = order[: max(1, self.budget // width)]
+            batches.append(self._batch(some, trained, _widths(some) if by_length else all_of_them))
+            order = order[len(some) :]
         return batches
 
-    def _batch(self, rows: Sequence[Row], trained: int) -> dict[str, Tensor]:
-        before = max(row.prompt for row in rows)
-        behind = max(len(row.trained) for row in rows)
+    def _batch(self, rows: Sequence[Row], trained: int, widths: tuple[int, int]) -> Batch:
+        before, behind = widths
         prompt, completion = (np.zeros((len(rows), n), np.int64) for n in (before, behind))
         prompt_mask, completion_mask = (np.zeros_like(x) for x in (prompt, completion))
         tool_mask, (old, advantage) = (
@@ -206,7 +218,7 @@ class Theirs:
         }
         return {name: torch.from_numpy(x).to(self.model.device) for name, x in found.items()}
 
-    def step(self, batches: Sequence[dict[str, Tensor]]) -> float:
+    def step(self, batches: Sequence[Batch]) -> float:
         total = 0.0
         for batch in batches:
             loss = self.trainer._compute_loss(self.model, batch)
@@ -240,7 +252,7 @@ def agreement(ours: Ours, theirs: Theirs, calls: Sequence[One]) -> dict[str, flo
     trained = sum(len(c.response_ids) for c in calls)
     scale = sum(abs(c.advantage) * float(np.abs(c.logprobs).sum()) for c in calls) / trained
     mine = ours.step(calls)
-    other = theirs.step(theirs.batches(call_rows(calls), trained))
+    other = theirs.step(theirs.batches(call_rows(calls), trained, by_length=True))
     norms = ours.norm(), theirs.norm()
     ours.forget()
     theirs.forget()
@@ -257,31 +269,35 @@ def compare(
 ) -> dict[str, Any]:
     """One workload: ours on all calls, TRL's on the rows."""
     trained = sum(len(c.response_ids) for c in calls)
-    tokens = sum(len(row.ids) for row in rows)
     packed = sum(pack.tokens for pack in build_packs(calls))
-    every = max(1, round(tokens / (4 * packed)))
-    some = sorted(rows, key=lambda row: len(row.ids))[every // 2 :: every]
-    share = sum(len(row.ids) for row in some) / tokens
-    batches = theirs.batches(some, trained)
-    pairs = []
-    for _ in range(repeats + 1):  # the first turn is a warm-up
-        other = timed(lambda: theirs.step(batches)) / share
-        theirs.forget()
-        mine = timed(lambda: ours.step(calls))
-        ours.forget()
-        pairs.append((other, mine))
-    other, mine = (statistics.median(x) for x in zip(*pairs[1:], strict=True))
-    return {
+    row: dict[str, Any] = {
         "workload": name,
         "calls": len(calls),
         "trl_rows": len(rows),
-        "trl_tokens": tokens,
+        "trl_tokens": sum(len(row.ids) for row in rows),
         "tree_tokens": packed,
-        "trl_timed_share": share,
-        "trl_s": other,
-        "ours_s": mine,
-        "speedup": statistics.median(a / b for a, b in pairs[1:]),
     }
+    forms = {}
+    for form, by_length in (("", False), ("sorted_", True)):
+        batches = theirs.batches(rows, trained, by_length)
+        sizes = [batch["prompt_ids"].numel() + batch["completion_ids"].numel() for batch in batches]
+        every = max(1, round(sum(sizes) / (4 * packed)))
+        share = sum(sizes[every // 2 :: every]) / sum(sizes)
+        forms[form] = batches[every // 2 :: every], share
+        row[f"{form}padded_tokens"], row[f"{form}timed_share"] = sum(sizes), share
+    took: dict[str, list[float]] = {"ours": [], **{form: [] for form in forms}}
+    for _ in range(repeats + 1):  # the first turn is a warm-up
+        took["ours"].append(timed(lambda: ours.step(calls)))
+        ours.forget()
+        for form, (batches, share) in forms.items():
+            took[form].append(timed(partial(theirs.step, batches)) / share)
+            theirs.forget()
+    row["ours_s"] = statistics.median(took["ours"][1:])
+    for form in forms:
+        row[f"{form}trl_s"] = statistics.median(took[form][1:])
+        ratios = zip(took[form][1:], took["ours"][1:], strict=True)
+        row[f"{form or 'trl_'}speedup"] = statistics.median(a / b for a, b in ratios)
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -320,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Transformer(config, seed=0).cast(torch.bfloat16), checkpoint, tokenizer_from=NANO
             )
         model = load_model(checkpoint).cast(dtype).to("cuda" if cuda else "cpu")
-        theirs = Theirs(checkpoint, dtype, options.trl_tokens or budget // 3, options.experts)
+        theirs = Theirs(
+            checkpoint, dtype, options.trl_tokens or (32_768 if cuda else budget), options.experts
+        )
     ours = Ours(model, budget)
     vocab = 2048
     rows, figures = [], {}
@@ -337,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             few = sorted(calls, key=lambda c: len(c.prompt_ids))[:: max(1, len(calls) // 8)]
             row |= agreement(ours, theirs, few)
         rows.append(row)
-        figures[f"speedup_{form}"] = row["speedup"]
+        figures[f"speedup_{form}"] = row["trl_speedup"]
+        figures[f"sorted_{form}"] = row["sorted_speedup"]
         print(row, file=sys.stderr, flush=True)
     figures["loss_error_max"] = max(row.get("loss_error", 0.0) for row in rows)
     figures["norm_error_max"] = max(row.get("norm_error", 0.0) for row in rows)

@@ -65,7 +65,7 @@ class TreeAttend:
         self.seen: list[KeysValues] = []
         self._plain = VisibleAttend(visibility, config)
         self._dense: dict[Reach, Tensor] = {}
-        self._blocks: dict[Reach, tuple[BlockMask, int]] = {}
+        self._blocks: dict[Reach, tuple[BlockMask, int, int, int]] = {}
         self._strands: list[Strand] | None = None
         if visibility.depth_M.device.type == "cpu":
             depth_S = visibility.depth_M
@@ -103,8 +103,7 @@ class TreeAttend:
     def _flex(self, reach: Reach, q_MND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
         if reach not in self._blocks:
             self._blocks[reach] = carried_mask(self.visibility, self.carried, reach, self.config)
-        mask, gap = self._blocks[reach]
-        queries, keys = mask.seq_lengths
+        mask, gap, queries, keys = self._blocks[reach]
         q = _longer(q_MND, queries - len(q_MND))
         behind = keys - len(k_SKD) - gap
         k, v = (
@@ -129,9 +128,9 @@ def carried_mod(tout_T: Tensor, depth_T: Tensor, until_T: Tensor | None, at_Q: T
 
 def carried_mask(
     visibility: Visibility, carried: int, reach: Reach, config: ModelConfig
-) -> tuple[BlockMask, int]:
-    """The rule for the own tokens of a piece as queries, and how much padding stands between the
-    carried keys and their own, so that both begin with a block. See `visible.block_mask`."""
+) -> tuple[BlockMask, int, int, int]:
+    """The rule for the own tokens of a piece as queries; how much padding stands between the carried
+    keys and their own, so that both begin with a block; Q and T. See `visible.block_mask`."""
     device = visibility.tout_M.device
     own = len(visibility) - carried
     block = BLOCK
@@ -167,7 +166,7 @@ def carried_mask(
         mask_mod=carried_mod(tout_T, depth_T, until_T, place_T[begin:].contiguous()),
         seq_lengths=(queries, keys),
     )
-    return mask, gap
+    return mask, gap, queries, keys
 
 
 def _longer(x_MND: Tensor, more: int) -> Tensor:

@@ -174,7 +174,8 @@ def _sorted(found: Sequence[_Row], shared: Sequence[int]) -> Sorted:
 
 def _common(a_TX: Ints, b_TX: Ints) -> int:
     length = min(len(a_TX), len(b_TX))
-    differs = (a_TX[:length] != b_TX[:length]).any(axis=1)
+    differs = a_TX[:length] != b_TX[:length]
+    differs = differs[:, 0] if differs.shape[1] == 1 else differs.any(axis=1)
     return int(differs.argmax()) if differs.any() else length
 
 

@@ -84,8 +84,7 @@ def test_a_pieces_block_mask_is_the_rule(reach, begin, end):
     tree = random_tree(1000, seed=begin, turn=0.01)
     piece, open_C = piece_of(tree, begin, end)
     carried = len(open_C)
-    mask, gap = carried_mask(piece, carried, reach, CONFIG)
-    queries, keys = mask.seq_lengths
+    mask, gap, queries, keys = carried_mask(piece, carried, reach, CONFIG)
     assert queries % BLOCK == keys % BLOCK == 0 and queries != keys
     expected = torch.zeros(queries, keys, dtype=torch.bool)
     dense = dense_mask(piece, reach)[carried:]
@@ -124,8 +123,7 @@ def test_a_pieces_attention_through_flex():
     )
     attend = TreeAttend(piece, CONFIG, [(k[:carried], v[:carried])], carried)
     expected = attend(0, q, k[carried:], v[carried:]).view_as(q)
-    mask, gap = carried_mask(piece, carried, EVERYTHING, CONFIG)
-    queries, keys = mask.seq_lengths
+    mask, gap, queries, keys = carried_mask(piece, carried, EVERYTHING, CONFIG)
     long_q = F.pad(q, (0, 0, 0, 0, 0, queries - 270))
     long_k, long_v = (
         torch.cat([F.pad(x[:carried], (0, 0, 0, 0, 0, gap)), x[carried:]]) for x in (k, v)
