@@ -149,8 +149,9 @@ class Theirs:
         from trl import GRPOConfig, GRPOTrainer
 
         self.budget, cuda = budget, torch.cuda.is_available()
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-        model.set_experts_implementation(experts)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, experts_implementation=experts
+        )
         settings = GRPOConfig(
             output_dir=tempfile.mkdtemp(),
             loss_type="cispo",

@@ -3,7 +3,8 @@
 Forward and backward of the bundled model, with and without sharing, in turns, on two batches: 3
 groups of 8 scripts (an update of the first lab) and 20 agent dialogues of committed training
 digests. Figures: `group_speedup` and `dialogue_speedup`, the median over the repeats of paired
-CPU-seconds, and the share of the tokens that is left to compute.
+CPU-seconds, and the share of the tokens that is left to compute. `*_tree_speedup` is what the whole
+update by `rl.tree_update` (loss included) gains over rows that share one level.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from model.checkpoint import load_model
 from model.scoring import score_tokens
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from rl.config import OptimSection
 from rl.envs.mle.grammar import sample_script
 from rl.envs.mle.prompts import task_messages
+from rl.objectives import cispo
+from rl.samples import Sample
+from rl.tree_update import backward_packs
 from scripts.nano.agent_dialogues import dialogue, read_lines
 
 NANO = ROOT / "model" / "checkpoints" / "nano"
@@ -87,6 +92,16 @@ def seconds(model: Transformer, rows: Rows, *, shared: bool) -> tuple[float, int
     return took, tokens
 
 
+def tree_seconds(model: Transformer, rows: Rows) -> float:
+    """CPU-seconds of the same by `rl.tree_update`, as a CISPO update."""
+    calls = [Sample(tuple(p), tuple(reply), (-1.0,) * len(reply), 1.0) for p, reply in rows]
+    start = time.process_time()
+    backward_packs(model, calls, cispo(5.0), 1.0, OptimSection().pack_tokens)
+    took = time.process_time() - start
+    model.zero_grad()
+    return took
+
+
 def measure(repeats: int) -> dict[str, Any]:
     """Both batches, after one untimed pass each."""
     torch.set_num_threads(1)
@@ -98,13 +113,18 @@ def measure(repeats: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, batch in batches.items():
         seconds(model, batch, shared=True)
-        pairs = []
+        tree_seconds(model, batch)
+        pairs, trees = [], []
         for repeat in range(repeats):
             plain, whole = seconds(model, batch, shared=False)
             once, left = seconds(model, batch, shared=True)
+            merged = tree_seconds(model, batch)
             pairs.append(plain / once)
+            trees.append(once / merged)
             rows.append({"batch": name, "repeat": repeat, "plain_s": plain, "shared_s": once})
+            rows[-1]["tree_s"] = merged
         figures[f"{name}_speedup"] = statistics.median(pairs)
+        figures[f"{name}_tree_speedup"] = statistics.median(trees)
         figures[f"{name}_token_share"] = left / whole
     return report("shared_prefix", figures, rows, ("torch",))
 

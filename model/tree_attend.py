@@ -129,8 +129,8 @@ def carried_mod(tout_T: Tensor, depth_T: Tensor, until_T: Tensor | None, at_Q: T
 def carried_mask(
     visibility: Visibility, carried: int, reach: Reach, config: ModelConfig
 ) -> tuple[BlockMask, int, int, int]:
-    """The rule for the own tokens of a piece as queries; how much padding stands between carried and
-    own keys, so that both begin with a block; Q and T. See `visible.block_mask`."""
+    """The rule for the own tokens of a piece as queries; how much padding stands between carried
+    and own keys, so that both begin with a block; Q and T. See `visible.block_mask`."""
     device = visibility.tout_M.device
     own = len(visibility) - carried
     block = BLOCK

@@ -106,7 +106,10 @@ class OptimSection(Strict):
     minibatches, and gone through `passes` times."""
     passes: int = Field(default=1, ge=1)
     micro_batch: int = Field(default=24, ge=1)
-    """Rows a backward pass; any value gives the same gradient."""
+    """Rows a backward pass of imitation; any value gives the same gradient."""
+    pack_tokens: int = Field(default=16_384, ge=1)
+    """Tokens with graph a backward pass of policy gradients, prefixes merged where that pays
+    (`rl.tree_update`); any value gives the same gradient."""
 
 
 class CispoSection(Strict):

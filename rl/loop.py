@@ -36,6 +36,7 @@ from rl.pool import Pool
 from rl.run_dir import Row, RunDir, Status
 from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
 from rl.trainer import Trainer, read_info
+from rl.tree_update import backward_packs
 from rl.types import Env, Task
 from rl.wandb_log import WandbLog
 
@@ -146,7 +147,7 @@ class Loop:
         model = load_model(source, device=pick_device(config.device))
         self.threads = settle_threads(model.device, model.config.hidden_size)
         self.engine = Engine(model, max_batch=MAX_BATCH)
-        self.trainer = Trainer(model, config.optim)
+        self.trainer = Trainer(model, config.optim, backward_packs, config.optim.pack_tokens)
         self.learner = Learner(config, self.trainer, self.tokenizer.hash)
         self.counts = Counts()
         self.rows: list[Row] = []

@@ -58,12 +58,12 @@ def train(name: str, changes: dict[str, Any]) -> None:
     """One run of `STEPS` steps."""
     import torch
     import wandb
-    from datasets import Dataset  # type: ignore[import-not-found]
+    from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
-    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
+    from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
     set_seed(0)

@@ -13,7 +13,10 @@ from test_rl_tree_scores import DENSE, MOE, WINDOWS
 
 from model.moe import RoutingTape
 from model.transformer import Transformer
+from rl.backward import backward_rows
+from rl.config import OptimSection
 from rl.objectives import cispo, grpo, ppo_clip, reinforce
+from rl.trainer import Sample, Trainer
 from rl.tree_update import backward_packs
 
 TEMPERATURE = 0.7
@@ -243,3 +246,43 @@ def test_refusals():
         backward_packs(model, [good], objective, 1.0, 10, routed=[np.zeros((2, 5), np.int64)])
     empty = backward_packs(model, [replace(good, response_ids=(), logprobs=())], objective, 1.0, 9)
     assert empty.tokens == 0
+
+
+def test_a_trainer_takes_it_in_the_place_of_rows():
+    """Two updates with minibatches of real samples move the weights alike either way."""
+    samples = [
+        Sample(c.prompt_ids, c.response_ids, c.logprobs, c.advantage)
+        for c in forest(3, turns=5)
+        if c.response_ids
+    ]
+    ends = []
+    for backward, budget in ((backward_rows, 5), (backward_packs, 60)):
+        model = Transformer(MOE, seed=3).double()
+        trainer = Trainer(model, OptimSection(updates_per_batch=2), backward, budget)
+        stats = trainer.update(samples, cispo(1.05), lr=1e-3, temperature=TEMPERATURE)
+        ends.append([p.detach() for p in model.parameters()])
+    assert stats.figures["tree/ratio_vs_calls"] > 1
+    for mine, theirs in zip(*ends, strict=True):
+        assert (mine - theirs).abs().max() < 1e-9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [60, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_on_cuda(dtype, budget):
+    """Compiled flex attention, with and without carried keys, against float64 on the processor.
+    Small models in bfloat16 choose other experts here and there: a dense one bounds it."""
+    config = replace(MOE if dtype == torch.float32 else DENSE, head_dim=16, rotary_dim=8)
+    calls = forest(2)
+    exact = Transformer(config, seed=1).cast(dtype).double()
+    loss, grads, _, _ = one_pass_a_call(exact, calls, "cispo")
+    model = Transformer(config, seed=1).cast(dtype).to("cuda")
+    made, _ = OBJECTIVES["cispo"]
+    sums = backward_packs(model, calls, made, TEMPERATURE, budget, merge="always", split="carry")
+    assert (sums.plan.open_tokens > 0) == (budget == 60)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert sums.loss == pytest.approx(loss, abs=tolerance)
+    scale = max(float(g.norm()) for g in grads)
+    for (name, p), theirs in zip(model.named_parameters(), grads, strict=True):
+        error = float((p.grad.double().cpu() - theirs).norm())
+        assert error <= tolerance * max(float(theirs.norm()), 0.01 * scale), name
