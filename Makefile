@@ -23,7 +23,8 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT := true
 
 .PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup setup-vllm \
-  verify-digests verify-learning verify-sandbox verify-storm verify-study verify-suites medals setup-aide verify-peers clean
+  verify-digests verify-faults verify-learning verify-sandbox verify-storm verify-study verify-suites medals \
+  setup-aide verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -169,6 +170,11 @@ verify-learning: setup
 	  --suite $(SUITE) --variants cispo --updates 1 --seeds 0 --steps 20 --scripts 72 \
 	  --eval-every 20 --final-samples 8
 	$(PY) -m rl.arms curve '$(LEARNING)/logs'
+
+# Asynchronous runs under 100 random kills of engine, gateway, trainer, workers and supervisor.
+verify-faults: setup-dev
+	$(PY) -m pytest -q tests/rl/test_forge_run.py
+	$(PY) -m tests.rl.forge_storm --kills 100
 
 clean:
 	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-vllm .venv-aide .data

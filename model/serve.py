@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draft=options.draft,
             draft_tokens=options.draft_tokens,
             draft_rule=options.draft_rule,
+            version=options.weights_version,
         )
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,6 +104,7 @@ def load_service(
     draft: Path | None = None,
     draft_tokens: int = 3,
     draft_rule: Literal["match", "reject"] = "match",
+    version: int = 0,
 ) -> Service:
     """Loads a checkpoint folder and starts its engine. Raises `ModelError`.
 
@@ -144,7 +146,7 @@ def load_service(
     if draft is not None:
         guess = DraftOptions(load_mtp(draft, device=device), draft_tokens, rule=draft_rule)
     running = RunningBatch(
-        Engine(model, device=device, max_batch=limits.max_batch),
+        Engine(model, device=device, max_batch=limits.max_batch, version=version),
         max_batch=limits.max_batch,
         cache_tokens=limits.cache_tokens,
         prefix_tokens=limits.prefix_tokens,
@@ -212,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: code compiled for this processor where a C compiler and the model allow it",
     )
     add("--control", action="store_true", help="routes that pause and load; loopback hosts only")
+    add("--weights-version", type=int, default=0, help="of the checkpoint, until another is loaded")
     add("--draft", type=Path, default=None, help="folder of mtp.safetensors to guess tokens with")
     add("--draft-tokens", type=int, default=3, help="guesses a step")
     add(

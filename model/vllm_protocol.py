@@ -41,14 +41,15 @@ _DEFAULT_CHAT_TOKENS: Final = 1024
 
 
 class Protocol:
-    """Wraps vLLM's application. `version` is that of the weights of the last `/load`."""
+    """Wraps vLLM's application. `version` is that of the weights of the last `/load`; before it,
+    what SELFEVO_VLLM_VERSION says of the checkpoint."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         checkpoint = Path(os.environ[CHECKPOINT])
         self._tokenizer = Tokenizer.load(checkpoint)
         self._context = load_config(checkpoint).max_position_embeddings
-        self.version = 0
+        self.version = int(os.environ.get("SELFEVO_VLLM_VERSION", "0"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path")

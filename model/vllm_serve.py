@@ -217,6 +217,7 @@ def environment_of(
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # tool_choice auto leaves the model free
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "SELFEVO_VLLM_CHECKPOINT": str(options.checkpoint),
+        "SELFEVO_VLLM_VERSION": str(getattr(options, "weights_version", 0)),
     }
     if options.quiet:
         defaults["VLLM_LOGGING_LEVEL"] = "WARNING"

@@ -165,6 +165,49 @@ class WandbSection(Strict):
     job_type: str = "train"
 
 
+class ForgeSection(Strict):
+    """`async`: workers, engine, gateway and trainer as processes, generation beside training."""
+
+    mode: Literal["sync", "async"] = "sync"
+    parts: str = Field(default="rl.mle_parts:mle_parts", pattern=r"^[\w.]+:\w+$")
+    """`module:function` from the run file to what is trained against (`rl.parts`)."""
+    workers: int = Field(default=2, ge=1)
+    """Rollout processes."""
+    episodes_per_worker: int = Field(default=16, ge=1)
+    """Threads of one of them."""
+    steps_ahead: int = Field(default=1, ge=0)
+    """S: (S + 1) × groups a step are in flight."""
+    order: Literal["fifo", "windowed", "greedy"] = "windowed"
+    window_share: float = Field(default=0.3, gt=0, le=1)
+    """W / N of order `windowed`."""
+    zero_variance: Literal["drop", "keep"] = "drop"
+    """`drop`: a group of equal returns is consumed and released at once, not trained on. It counts
+    against the run's `steps` × `scripts_per_step`, so a run that drops has fewer steps."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Wall-clock limit of an episode; what is not done then is a timeout, and earns 0."""
+    episode_calls: int = Field(default=256, ge=1)
+    episode_tokens: int = Field(default=1_000_000, ge=1)
+    repeat: Literal["join", "sample"] = "join"
+    """A request equal to an earlier one of its episode: its answer again, or a call of its own."""
+    attempts: int = Field(default=5, ge=1)
+    """Runs of one episode that die of their own; then it is an `env_error`."""
+    restarts: int = Field(default=10, ge=0)
+    """Deaths in a row of one process, without a step between them; then the run ends."""
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    step_timeout_s: float = Field(default=3600.0, gt=0)
+    sync_timeout_s: float = Field(default=300.0, gt=0)
+    engine: Literal["own", "vllm"] = "own"
+    engine_options: tuple[str, ...] = ()
+    """Further options of `model.serve`."""
+    sync: Literal["file", "ipc"] = "file"
+    """How weights reach the engine; `ipc` through the memory of the card that both share."""
+    pack_tokens: int | None = Field(default=None, ge=1)
+    """Packed tokens a pass: what calls share to the left is computed once, and the experts that the
+    engine recorded are replayed. None: padded rows, `optim.micro_batch` at once."""
+    probe_calls: int = Field(default=16, ge=0)
+    """Calls a step that are scored before the update: trainer against engine."""
+
+
 class RunConfig(Strict):
     """One training run (`python -m rl.train`)."""
 
@@ -184,10 +227,12 @@ class RunConfig(Strict):
     expert_iteration: ExpertIterationSection = ExpertIterationSection()
     env: EnvSection = EnvSection()
     sandbox: SandboxSection = SandboxSection()
+    forge: ForgeSection = ForgeSection()
     scaffold: str | None = None
     pool: str | None = None
     """Where calls and rewards are kept: a file (relative to the run directory) or a PostgreSQL
-    URL; `--from-pool` computes the run's updates again from it."""
+    URL; `--from-pool` computes the run's updates again from it. An asynchronous run always has
+    one: `pool.sqlite` if nothing else is named."""
     checkpoint_every: int = Field(default=1, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     stop: StopSection = StopSection()
@@ -230,6 +275,13 @@ class RunConfig(Strict):
                 "rollout.dynamic_sampling.refills is for objectives with a group baseline, not "
                 "for expert_iteration; set it to 0"
             )
+        if self.forge.mode == "async" and self.rollout.dynamic_sampling.refills:
+            raise ValueError(
+                "rollout.dynamic_sampling.refills is the synchronous loop's; with forge.mode async "
+                "set forge.zero_variance"
+            )
+        if self.forge.sync == "ipc" and self.forge.engine != "vllm":
+            raise ValueError("forge.sync ipc needs forge.engine vllm; use sync file")
         return self
 
     @property

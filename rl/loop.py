@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -32,27 +32,16 @@ from rl.errors import (
     exit_code_of,
 )
 from rl.learner import Learner
+from rl.parts import Parts, PartsFactory
 from rl.pool import Pool
 from rl.run_dir import Row, RunDir, Status
 from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
 from rl.trainer import Trainer, read_info
 from rl.tree_update import backward_packs
-from rl.types import Env, Task
 from rl.wandb_log import WandbLog
 
 MAX_INFRA_SHARE = 0.10
 MAX_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the loop trains against."""
-
-    tasks: tuple[Task, ...]
-    env: Env
-
-
-PartsFactory = Callable[[RunConfig], AbstractContextManager[Parts]]
 
 
 # ------------------------------------------------------------------ one run

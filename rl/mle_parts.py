@@ -11,7 +11,7 @@ from agent_tools.sandbox import Limits, make_pool
 from rl.config import RunConfig
 from rl.envs.mle.env import MleEnv, MleTaskset
 from rl.envs.mle.prompts import load_scaffold
-from rl.loop import Parts
+from rl.parts import Parts
 from rl.rollout import CachingPool
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rl.config import RunConfig
 from rl.objective_text import objective_text
+from rl.window import lag_bound, window_size
 
 SHOWN = 3
 
@@ -33,7 +34,22 @@ def plan_text(config: RunConfig, competitions: tuple[str, ...]) -> str:
         f"{rollout.repetition_stop.probability:g}",
         f"records: {config.pool or 'none kept'}",
     ]
+    if config.forge.mode == "async":
+        lines[-1] = f"records: {config.pool or 'pool.sqlite'}"
+        lines.append(async_text(config))
     return "".join(f"# {line}\n" for line in lines)
+
+
+def async_text(config: RunConfig) -> str:
+    """Groups in flight, window, the bound on the policy's lag, and the processes."""
+    forge, groups = config.forge, config.groups_per_step
+    slots = (forge.steps_ahead + 1) * groups
+    window = window_size(forge.order, slots, forge.window_share)
+    return (
+        f"asynchronous: {slots} groups in flight, window {window} ({forge.order}), policy lag at "
+        f"most {lag_bound(slots, window, groups)} versions; {forge.workers} workers of "
+        f"{forge.episodes_per_worker} episodes, engine {forge.engine}, weights by {forge.sync}"
+    )
 
 
 def _first_steps(config: RunConfig, competitions: tuple[str, ...]) -> str:
@@ -48,6 +64,8 @@ def _first_steps(config: RunConfig, competitions: tuple[str, ...]) -> str:
 
 def _dynamic(config: RunConfig) -> str:
     refills = config.rollout.dynamic_sampling.refills
+    if config.forge.mode == "async" and config.forge.zero_variance == "drop":
+        return "consumed and released at once, out of the same budget"
     if not refills:
         return "kept, with advantage 0"
     return f"replaced, up to {refills} times a step, out of the same budget"

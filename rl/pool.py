@@ -18,13 +18,13 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 from rl.errors import ConfigError, InfraError
-from rl.types import CallRecord, RewardRecord
+from rl.types import CallRecord, RewardRecord, ScriptOutcome
 
 BUSY_S = 30.0
 
@@ -149,6 +149,7 @@ class Pool:
                 "t_wall": reward.t_wall,
                 "t_tool": reward.t_tool,
                 "status": reward.status,
+                "scripts": [asdict(script) for script in reward.scripts],
             }
         )
         self._insert(
@@ -205,6 +206,11 @@ class Pool:
         rows = self._select("SELECT step, meta FROM steps ORDER BY id", ())
         last = {int(step): meta for step, meta in rows}
         return [StepRecord(step, _groups(last[step])) for step in sorted(last)]
+
+    def episodes(self) -> set[str]:
+        """Names of all episodes that have a call or a reward."""
+        query = "SELECT episode FROM calls UNION SELECT episode FROM rewards"
+        return {str(name) for (name,) in self._select(query, ())}
 
     def stats(self) -> Stats:
         """Counts, and the records whose content is not what was written."""
@@ -326,7 +332,8 @@ def _call(
 def _reward(episode: str, meta: str) -> RewardRecord:
     found = json.loads(meta)
     process = tuple((int(index), float(value)) for index, value in found.pop("process"))
-    return RewardRecord(episode=episode, process=process, **found)
+    scripts = tuple(ScriptOutcome(**values) for values in found.pop("scripts", ()))
+    return RewardRecord(episode=episode, process=process, scripts=scripts, **found)
 
 
 def _groups(meta: str) -> tuple[GroupRecord, ...]:
@@ -359,8 +366,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(pool: Pool, what: str) -> int:
-    from dataclasses import asdict
-
     if what == "export":
         for call in pool.all_calls():
             print(json.dumps({"kind": "call", **asdict(call)}))

@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config.model_copy(update={"competitions": competitions})
     signals = StopSignals()
     try:
+        if config.forge.mode == "async" and args.from_pool is None:
+            from rl.forge.run import run as run_processes
+
+            return run_processes(config, args.run_dir, resume=args.resume, check=signals.check)
         from rl.loop import run
         from rl.mle_parts import mle_parts
 

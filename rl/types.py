@@ -45,7 +45,8 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What an episode earned: `outcome` in [0, 1], `(call index, value)` steps, seconds."""
+    """What an episode earned: `outcome` in [0, 1], `(call index, value)` steps, seconds; and the
+    scripts that earned it, where there were any."""
 
     episode: str
     outcome: float
@@ -53,6 +54,7 @@ class RewardRecord:
     t_wall: float = 0.0
     t_tool: float = 0.0
     status: EpisodeStatus = "done"
+    scripts: tuple[ScriptOutcome, ...] = ()
 
 
 @dataclass(frozen=True)

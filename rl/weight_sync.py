@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rl.engine_http import HttpEngine
+    from rl.engine_http import HttpEngine, PauseMode
 
 Way = Literal["file", "ipc"]
 
@@ -29,7 +29,8 @@ class WeightPush:
     """Pushes a model's weights to one engine, each with its version.
 
     `folder` takes the checkpoint of way `file` (in `dtype`) and is replaced each time. `ipc` sends
-    `dtype` as well: what the model computes in is converted where they differ.
+    `dtype` as well: what the model computes in is converted where they differ. `pause`: what
+    becomes of requests that run; with `keep` they go on under the new weights.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class WeightPush:
         *,
         folder: Path | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        pause: PauseMode = "wait",
     ) -> None:
         if way == "file" and folder is None:
             raise ConfigError("weights by file need a folder that the engine can read")
         if way == "ipc" and not engine.is_vllm:
             raise ConfigError("weights by ipc need a vLLM engine; use way file")
         self._engine, self._way, self._folder, self._dtype = engine, way, folder, dtype
+        self._pause = pause
         self._ready = False
 
     def push(self, model: Transformer, version: int) -> None:
@@ -60,7 +63,7 @@ class WeightPush:
         elif not self._ready:
             self._engine.init_transfer()
             self._ready = True
-        self._engine.pause("wait")
+        self._engine.pause(self._pause)
         try:
             if self._way == "file":
                 assert self._folder is not None

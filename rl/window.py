@@ -106,6 +106,14 @@ class Window(Generic[T]):
         return sum(index >= self.head + self.window for index in self._done)
 
     @property
+    def upcoming(self) -> int:
+        """The index that `admit` gives next."""
+        index = self.next
+        while index in self._skip:
+            index += 1
+        return index
+
+    @property
     def running(self) -> tuple[int, ...]:
         """Admitted and not finished, in order."""
         return tuple(sorted(self._running))

@@ -23,8 +23,9 @@ from rl.config import RunConfig, load_config
 from rl.device import pick_device, settle_threads
 from rl.envs.mle.env import MleEnv, MleTaskset
 from rl.evaluate import append_ledger, plan, score_of
-from rl.loop import Parts, PartsFactory, run
+from rl.loop import run
 from rl.mle_parts import mle_parts
+from rl.parts import Parts, PartsFactory
 from rl.rollout import CachingPool, run_local
 from rl.run_dir import RunDir
 from rl.splits import trainable_ids
