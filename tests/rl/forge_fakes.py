@@ -1,0 +1,67 @@
+"""Parts of asynchronous runs in tests: real prompts and calls, a reward from the attempt's seed,
+faults on demand. `FORGE_FAULTS` lists them: `hang:N` (member 0 of group N never ends), `fail:N`
+(every member of group N is an env_error), `fail-all`, `flat:N` (all of group N earn the same),
+`raise:N` (the environment breaks in the first attempts of group N)."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rl.config import RunConfig
+from rl.parts import Parts
+from rl.types import ChatClient, Episode, RewardRecord, ScriptOutcome, Task
+
+TASKS = ("tweet-sentiment", "diamonds-price")
+
+
+class SeedEnv:
+    """Reward = a number that the seed gives, 0 … 1; `turns` calls an episode."""
+
+    def __init__(self, turns: int) -> None:
+        self._turns = turns
+        self._faults = set(os.environ.get("FORGE_FAULTS", "").split(","))
+        self._pause_s = float(os.environ.get("FORGE_PAUSE_S", "0"))
+
+    def run(self, task: Task, client: ChatClient) -> Episode:
+        faults = {name for name in self._faults if name.endswith(f":{task.group}")}
+        kinds = {name.partition(":")[0] for name in faults}
+        messages = list(task.prompt)
+        reward = 0.5 if "flat" in kinds else random.Random(task.sampling.seed).random()
+        for turn in range(self._turns):
+            reply = client.chat(
+                messages,
+                temperature=task.sampling.temperature,
+                max_tokens=task.sampling.max_tokens,
+                seed=task.sampling.seed + turn,
+            )
+            if "hang" in kinds and task.index == 0:
+                threading.Event().wait()
+            if "raise" in kinds and task.episode.endswith(".0"):
+                raise RuntimeError("the environment is broken")
+            time.sleep(self._pause_s)
+            messages += [
+                {"role": "assistant", "content": reply.text},
+                {"role": "user", "content": f"score {reward:.2f}"},
+            ]
+        failed = "fail-all" in self._faults or "fail" in kinds
+        script = ScriptOutcome(
+            reply.text, "infra" if failed else "ok", not failed, reward, 100 * reward
+        )
+        record = RewardRecord(task.episode, reward, status="env_error" if failed else "done")
+        return Episode(task.episode, task.id, task.group, task.index, (), (script,), record)
+
+
+@contextmanager
+def seed_parts(config: RunConfig) -> Iterator[Parts]:
+    """Two tasks with different prompts."""
+    tasks = tuple(
+        Task(name, ({"role": "user", "content": f"task {name}"},), Path(), "train")
+        for name in TASKS
+    )
+    yield Parts(tasks, SeedEnv(config.rollout.turns))
