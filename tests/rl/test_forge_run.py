@@ -111,6 +111,10 @@ def test_what_cannot_start_is_refused_in_one_line(start: Path, tmp_path: Path) -
     session = Session(tmp_path / "second", run_config(broken))
     assert session.run() == 2
     assert "error: " in session.log() and "Traceback" not in session.log()
+    wrong = run_config(start, forge={"engine_options": ["--no-such-option"]})
+    session = Session(tmp_path / "third", wrong)
+    assert session.run() == 2
+    assert "error: engine: " in session.log() and "--no-such-option" in session.log()
 
 
 @pytest.mark.slow
