@@ -201,9 +201,6 @@ class ForgeSection(Strict):
     """Further options of `model.serve`."""
     sync: Literal["file", "ipc"] = "file"
     """How weights reach the engine; `ipc` through the memory of the card that both share."""
-    pack_tokens: int | None = Field(default=None, ge=1)
-    """Packed tokens a pass: what calls share to the left is computed once, and the experts that the
-    engine recorded are replayed. None: padded rows, `optim.micro_batch` at once."""
     probe_calls: int = Field(default=16, ge=0)
     """Calls a step that are scored before the update: trainer against engine."""
 

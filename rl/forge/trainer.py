@@ -62,12 +62,7 @@ class TrainerProcess:
         model = load_model(self.source, device=pick_device(config.device))
         settle_threads(model.device, model.config.hidden_size)
         self._replay = ReplayedPacks(model.config)
-        packs = config.forge.pack_tokens
-        self.trainer = (
-            Trainer(model, config.optim)
-            if packs is None
-            else Trainer(model, config.optim, self._replay, packs)
-        )
+        self.trainer = Trainer(model, config.optim, self._replay, config.optim.pack_tokens)
         self.learner = Learner(config, self.trainer, self.tokenizer.hash)
         self.counts = Counts()
         self.done, self.last = 0, False
