@@ -36,16 +36,25 @@ def prepare_python() -> Path:
     return _interpreter("SELFEVO_PREPARE_PYTHON", ".venv-prepare", "data preparation")
 
 
+def agents_python() -> Path:
+    """Interpreter with the agents that other people wrote (`make setup-agents`).
+
+    ``SELFEVO_AGENTS_PYTHON``, else ``<repository>/.venv-agents/bin/python``.
+    Raises `UserError` if it is missing.
+    """
+    return _interpreter("SELFEVO_AGENTS_PYTHON", ".venv-agents", "installed agents", "setup-agents")
+
+
 def _from_env(name: str, default: Path) -> Path:
     value = os.environ.get(name, "").strip()
     return Path(value).expanduser().absolute() if value else default
 
 
-def _interpreter(name: str, venv: str, purpose: str) -> Path:
+def _interpreter(name: str, venv: str, purpose: str, target: str = "setup") -> Path:
     # absolute(), never resolve(): the link inside a virtual environment is what selects it.
     path = _from_env(name, repo_root() / venv / "bin" / "python")
     if not os.access(path, os.X_OK):
         raise UserError(
-            f"no Python for {purpose} at {path}: run `make setup`, or point {name} at one"
+            f"no Python for {purpose} at {path}: run `make {target}`, or point {name} at one"
         )
     return path

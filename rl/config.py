@@ -12,20 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from agent_tools.config_text import parse_yaml
+from rl.agents.options import AgentSection, MleAgent
 from rl.errors import ConfigError
+from rl.strict import Strict as Strict
 
 ObjectiveName = Literal["cispo", "grpo", "ppo_clip", "reinforce", "expert_iteration"]
-
-
-class Strict(BaseModel):
-    """Frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Strict):
@@ -223,6 +219,8 @@ class RunConfig(Strict):
     reward: RewardSection = RewardSection()
     expert_iteration: ExpertIterationSection = ExpertIterationSection()
     env: EnvSection = EnvSection()
+    agent: AgentSection = MleAgent()
+    """Who attempts the tasks of an asynchronous run."""
     sandbox: SandboxSection = SandboxSection()
     forge: ForgeSection = ForgeSection()
     scaffold: str | None = None

@@ -164,21 +164,21 @@ class MleEnv:
             calls.append(_record(task, turn, reply))
             last = turn == turns - 1
             tool_started = time.monotonic()
-            outcome = self._attempt(task, extract_script(reply.text), last)
+            outcome = self.attempt(task, extract_script(reply.text), last)
             tool_s += time.monotonic() - tool_started
             outcomes.append(outcome)
             if outcome.status == "infra":
                 break
             if not last:
                 messages.append({"role": "assistant", "content": reply.text})
-                messages.append(turn_message(self._scaffold, self._feedback(task, outcome)))
+                messages.append(turn_message(self._scaffold, self.feedback(task, outcome)))
         final = outcomes[-1]
         reward = RewardRecord(
             episode=task.episode,
             outcome=percentile_reward(final.percentile, valid=final.valid),
             t_wall=time.monotonic() - started,
             t_tool=tool_s,
-            status=_status(final),
+            status=episode_status(final),
         )
         return Episode(
             id=task.episode,
@@ -190,7 +190,7 @@ class MleEnv:
             reward=reward,
         )
 
-    def _attempt(self, task: Task, script: str, last: bool) -> ScriptOutcome:
+    def attempt(self, task: Task, script: str, last: bool) -> ScriptOutcome:
         """Run and grade one script; between turns on dev rows wherever there are any."""
         which = scored_rows(task.split)
         files = task.files
@@ -213,7 +213,8 @@ class MleEnv:
         except FutureTimeoutError:
             return ScriptResult("infra", None, "", "the sandbox did not answer", {}, 0.0, 0.0)
 
-    def _feedback(self, task: Task, outcome: ScriptOutcome) -> str:
+    def feedback(self, task: Task, outcome: ScriptOutcome) -> str:
+        """What an agent is told of a script that was a trial."""
         if task.split == "val" and outcome.valid:
             return f"{SUBMISSION} is valid"
         return result_text(outcome.score, outcome.percentile, outcome.message)
@@ -237,7 +238,8 @@ def _record(task: Task, turn: int, reply: ChatReply) -> CallRecord:
     )
 
 
-def _status(final: ScriptOutcome) -> EpisodeStatus:
+def episode_status(final: ScriptOutcome) -> EpisodeStatus:
+    """How an episode ended whose last script is `final`."""
     if final.status == "infra":
         return "env_error"
     return "timeout" if final.status == "timeout" else "done"

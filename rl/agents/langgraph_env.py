@@ -1,0 +1,95 @@
+"""Any LangGraph graph as an agent: it gets an endpoint, a key, a model's name and the tools.
+
+A builder is `build(base_url, api_key, model, tools, **options)`; what it returns is streamed from
+`{"messages": [opening messages]}`. So an agent that somebody wrote is used as it is:
+
+    def build(base_url, api_key, model, tools):
+        llm = ChatOpenAI(base_url=base_url, api_key=api_key, model=model)
+        return create_react_agent(llm, list(tools))
+
+The clock is looked at after every super-step and in every tool; a node that hangs is left behind
+at the deadline (`rl.agents.deadline`). What a graph had submitted before it failed counts; at a
+deadline nothing counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rl.agents.deadline import Deadline, DeadlineError, within
+from rl.agents.desk import Desk, ScriptEnv
+from rl.types import EpisodeStatus, RewardRecord, Task
+
+Builder = Callable[..., Any]
+
+
+class LangGraphAgent:
+    """Runs a graph on script competitions (`rl.types.AgentEnv`); for any number of threads.
+
+    scripts   executions that its tools allow an episode
+    steps     super-steps at most (LangGraph's recursion limit); reaching it ends the episode
+    """
+
+    def __init__(
+        self,
+        env: ScriptEnv,
+        builder: Builder,
+        *,
+        model: str,
+        scripts: int = 8,
+        steps: int = 64,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._env = env
+        self._builder = builder
+        self._model = model
+        self._scripts = scripts
+        self._steps = steps
+        self._options = dict(options or {})
+
+    def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
+        """One episode. A graph's own exceptions are raised, those of its endpoint are outcomes."""
+        started = time.monotonic()
+        deadline = Deadline(deadline_s)
+        desk = Desk(self._env, task, self._scripts, deadline)
+
+        def episode() -> RewardRecord:
+            fault = self._drive(task, base_url, api_key, desk, deadline)
+            deadline.check()
+            if fault is not None:
+                return RewardRecord(task.episode, 0.0, t_tool=desk.tool_s, status=fault)
+            return desk.reward(time.monotonic() - started)
+
+        try:
+            return within(deadline, episode)
+        except DeadlineError:
+            wall = time.monotonic() - started
+            return RewardRecord(
+                task.episode, 0.0, t_wall=wall, t_tool=desk.tool_s, status="timeout"
+            )
+
+    def _drive(
+        self, task: Task, base_url: str, api_key: str, desk: Desk, deadline: Deadline
+    ) -> EpisodeStatus | None:
+        """Run the graph to its end; `env_error` where the endpoint failed, else None."""
+        import openai  # slow to import, as langgraph
+        from langgraph.errors import GraphRecursionError
+
+        graph = self._builder(
+            base_url, api_key, self._model, (desk.run_script, desk.submit), **self._options
+        )
+        inputs = {"messages": [dict(message) for message in task.prompt]}
+        try:
+            for _ in graph.stream(inputs, {"recursion_limit": self._steps}):
+                deadline.check()
+        except GraphRecursionError:
+            return None
+        except openai.APIStatusError as error:
+            # 4xx: the agent asked for what it may not have, a limit of the episode for instance
+            return "env_error" if error.status_code >= 500 else None
+        except openai.APIConnectionError:
+            deadline.check()
+            return "env_error"
+        return None
