@@ -24,7 +24,7 @@ export WANDB_SILENT := true
 
 .PHONY: setup setup-v1 setup-practice setup-dev evolve test test-real mutants lint bench-setup setup-vllm \
   verify-digests verify-faults verify-learning verify-sandbox verify-storm verify-study verify-suites medals \
-  setup-aide verify-peers clean
+  setup-aide setup-agents verify-peers clean
 
 setup: $(VENV)/.stamp .venv-script/.stamp .venv-prepare/.stamp
 	@scripts/ensure_bubblewrap.sh
@@ -91,7 +91,7 @@ test: lint
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not gpu and not real and not slow'
 
 # Tests that need a service, or minutes.
-test-real: setup-dev
+test-real: setup-dev setup-agents
 	$(PY) -m pytest -q -m 'real and not gpu'
 
 mutants: setup-dev
@@ -137,6 +137,16 @@ setup-aide: .venv-aide/.stamp
 	$(call PIP,.venv-aide) -r $<
 	@touch $@
 
+# Agents as their packages release them, for rl.agents: what the extra `agents` names, in an
+# environment of its own.
+setup-agents: .venv-agents/.stamp
+.venv-agents/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-agents
+	.venv-agents/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))\
+	  ["project"]["optional-dependencies"]["agents"], sep="\n")' > .venv-agents/pins.txt
+	$(call PIP,.venv-agents) -r .venv-agents/pins.txt
+	@touch $@
+
 # Our agent and AIDE with one scripted model: same scripts, same selection, same scores.
 verify-peers: setup setup-aide
 	$(PY) -m tests.agent_tools.mle_peers
@@ -177,4 +187,4 @@ verify-faults: setup-dev
 	$(PY) -m tests.rl.forge_storm --kills 100
 
 clean:
-	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-vllm .venv-aide .data
+	rm -rf .venv .venv-script .venv-prepare .venv-bench .venv-vllm .venv-aide .venv-agents .data

@@ -153,27 +153,19 @@ class CommandAgent:
                 try:
                     done = opened.run(command, wall_seconds=max(0.1, end - time.monotonic()))
                     # at a deadline nothing is graded
-                    left = {} if done.status == "timeout" else self._collect(opened)
+                    kept = ("submission", "code", "logs") if competition else ("agent", "logs")
+                    left = {} if done.status == "timeout" else collect(opened, kept)
                 except InfraError as error:  # it opened, so this is the agent's doing
                     return _Ended("done", stderr=str(error))
+        top = "" if competition else "agent/"  # what is graded
         for path, data in left.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            if path.startswith(top):
+                _write(folder, path.removeprefix(top), data)
+            if place.keep is not None and path.startswith("logs/"):
+                _write(place.keep / (task.episode or task.id), path, data)
         if done.status == "infra":
             return _Ended("env_error", done.stdout, done.stderr)
         return _ended(done.exit_code, done.status == "timeout", done.stdout, done.stderr)
-
-    def _collect(self, opened: Container) -> dict[str, bytes]:
-        """What is graded: the submission of a competition, else the folder that was worked in."""
-        if self._is_competition:
-            return collect(opened)
-        found = collect(opened, ("agent",))
-        return {
-            path.removeprefix("agent/"): data
-            for path, data in found.items()
-            if path.startswith("agent/")
-        }
 
     # ---------------------------------------------------------- what the program is told
 
@@ -228,6 +220,13 @@ class CommandAgent:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("stdout.txt", ended.stdout), ("stderr.txt", ended.stderr)):
             (folder / name).write_text(text, encoding="utf-8", errors="replace")
+
+
+def _write(folder: Path, path: str, data: bytes) -> None:
+    """A file of an archive that was checked: its path stays inside."""
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
 
 
 def _ended(exit_code: int | None, timed_out: bool, stdout: str, stderr: str) -> _Ended:

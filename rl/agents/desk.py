@@ -29,7 +29,7 @@ class ScriptEnv(Protocol):
 class Desk:
     """The tools of one episode, for any number of threads.
 
-    scripts   how many the agent may have executed, submission included
+    scripts   how many the agent may have executed; one may be handed in even after that
     """
 
     def __init__(self, env: ScriptEnv, task: Task, scripts: int, deadline: Deadline) -> None:
@@ -58,7 +58,8 @@ class Desk:
 
     def submit(self, code: str) -> str:
         """Hand in the final Python script. Only the last one handed in counts."""
-        self._take()
+        if not self._take() and self._final is not None:
+            return "error: no scripts left; the last one handed in counts"
         outcome = self._run(extract_script(code), last=True)
         with self._lock:
             self._final = outcome

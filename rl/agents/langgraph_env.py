@@ -7,19 +7,21 @@ A builder is `build(base_url, api_key, model, tools, **options)`; what it return
         llm = ChatOpenAI(base_url=base_url, api_key=api_key, model=model)
         return create_react_agent(llm, list(tools))
 
-The clock is looked at after every super-step and in every tool; a node that hangs is left behind
-at the deadline (`rl.agents.deadline`). What a graph had submitted before it failed counts; at a
-deadline nothing counts.
+The clock is looked at after every super-step and in every tool. A node that hangs is left behind
+at the deadline (`rl.agents.deadline`), one that awaits is cancelled. What a graph had submitted
+before it failed counts; at a deadline nothing counts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rl.agents.deadline import Deadline, DeadlineError, within
 from rl.agents.desk import Desk, ScriptEnv
+from rl.agents.refusals import status_of
 from rl.types import EpisodeStatus, RewardRecord, Task
 
 Builder = Callable[..., Any]
@@ -30,6 +32,7 @@ class LangGraphAgent:
 
     scripts   executions that its tools allow an episode
     steps     super-steps at most (LangGraph's recursion limit); reaching it ends the episode
+    is_async  the graph's nodes are coroutines
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class LangGraphAgent:
         model: str,
         scripts: int = 8,
         steps: int = 64,
+        is_async: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._env = env
@@ -47,6 +51,7 @@ class LangGraphAgent:
         self._model = model
         self._scripts = scripts
         self._steps = steps
+        self._is_async = is_async
         self._options = dict(options or {})
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
@@ -73,7 +78,7 @@ class LangGraphAgent:
     def _drive(
         self, task: Task, base_url: str, api_key: str, desk: Desk, deadline: Deadline
     ) -> EpisodeStatus | None:
-        """Run the graph to its end; `env_error` where the endpoint failed, else None."""
+        """Run the graph to its end; a status where that decides, None where the scripts do."""
         import openai  # slow to import, as langgraph
         from langgraph.errors import GraphRecursionError
 
@@ -82,14 +87,27 @@ class LangGraphAgent:
         )
         inputs = {"messages": [dict(message) for message in task.prompt]}
         try:
+            if self._is_async:
+                asyncio.run(_drive_async(graph, inputs, self._steps, deadline))
+                return None
             for _ in graph.stream(inputs, {"recursion_limit": self._steps}):
                 deadline.check()
         except GraphRecursionError:
             return None
         except openai.APIStatusError as error:
-            # 4xx: the agent asked for what it may not have, a limit of the episode for instance
-            return "env_error" if error.status_code >= 500 else None
+            status = status_of(error)
+            return None if status == "done" else status
         except openai.APIConnectionError:
             deadline.check()
             return "env_error"
         return None
+
+
+async def _drive_async(graph: Any, inputs: Any, steps: int, deadline: Deadline) -> None:
+    try:
+        async with asyncio.timeout(deadline.left):
+            async for _ in graph.astream(inputs, {"recursion_limit": steps}):
+                deadline.check()
+    except TimeoutError:
+        deadline.check()  # ours
+        raise

@@ -49,6 +49,8 @@ class ContextSection(Strict):
     budget: int = Field(ge=1)
     target: float = Field(default=0.5, ge=0, le=1)
     actions: tuple[ContextAction, ...] = (DropResults(), TruncateHistory())
+    keep: Literal["stored", "template"] = "stored"
+    """As the gateway's option: what it says of earlier replies counts."""
 
     def policy(self) -> Policy:
         return Policy(self.budget, self.target, tuple(item.action() for item in self.actions))
@@ -76,6 +78,8 @@ class LangGraphOptions(Strict):
     """Further arguments of the builder."""
     scripts: int = Field(default=8, ge=1)
     steps: int = Field(default=64, ge=1)
+    is_async: bool = False
+    """The graph's nodes are coroutines."""
 
 
 class MleGrader(Strict):

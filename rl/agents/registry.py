@@ -9,6 +9,7 @@ from typing import Any, get_args
 from agent_tools.paths import agents_python
 from model.tokenizer import Tokenizer
 from rl.agents.command import CommandAgent, Place
+from rl.agents.context_client import GatewayCounter
 from rl.agents.graders import load_call, make_grader
 from rl.agents.langgraph_env import LangGraphAgent
 from rl.agents.mini_swe import mini_swe_agent
@@ -82,14 +83,19 @@ def make_agent(
             model=section.model,
             scripts=section.scripts,
             steps=section.steps,
+            is_async=section.is_async,
             options=section.options,
         )
     assert isinstance(section, MleAgent)
     if section.context is None:
         return WhiteBoxAgent(env, model=section.model)
     tokenizer = Tokenizer.load(resolve_checkpoint(section.tokenizer))
+    keep = section.context.keep
     return WhiteBoxAgent(
-        env, model=section.model, policy=section.context.policy(), tokenizer=tokenizer
+        env,
+        model=section.model,
+        policy=section.context.policy(),
+        counter=lambda: GatewayCounter(tokenizer, keep),
     )
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from model.tokenizer import Tokenizer
 from rl.agents.context import Policy
-from rl.agents.context_client import ContextClient, ContextFullError
+from rl.agents.context_client import ContextClient, ContextFullError, Counter
 from rl.agents.deadline import Deadline, DeadlineError, within
+from rl.agents.refusals import status_of
 from rl.engine import OpenAIClient
 from rl.errors import ConfigError, InfraError
-from rl.types import ChatClient, ChatReply, Env, Message, RewardRecord, Task
+from rl.types import (
+    ChatClient,
+    ChatReply,
+    Env,
+    EpisodeStatus,
+    Message,
+    RewardRecord,
+    Task,
+)
 
 
 class WhiteBoxAgent:
@@ -24,33 +32,39 @@ class WhiteBoxAgent:
         *,
         model: str,
         policy: Policy | None = None,
-        tokenizer: Tokenizer | None = None,
+        counter: Callable[[], Counter] | None = None,
     ) -> None:
-        """policy: how the context is managed; its tokens are counted with `tokenizer`."""
-        if policy is not None and tokenizer is None:
-            raise ConfigError("a context budget needs the model's tokenizer: name its folder")
+        """policy: how the context is managed; its tokens are counted by a `counter` an episode."""
+        if (policy is None) != (counter is None):
+            raise ValueError("a context policy needs a counter of tokens, and the other way round")
         self._env = env
         self._model = model
         self._policy = policy
-        self._tokenizer = tokenizer
+        self._counter = counter
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
         """One episode. A context that cannot be made to fit, or a request that the endpoint
         refuses, ends it with reward 0."""
+        from openai import APIStatusError, OpenAIError  # slow to import
+
         started = time.monotonic()
         deadline = Deadline(deadline_s)
-        client: ChatClient = OpenAIClient(base_url, self._model, api_key=api_key)
-        client = _TimedClient(client, deadline)
-        if self._policy is not None and self._tokenizer is not None:
-            client = ContextClient(client, self._policy, self._tokenizer)
+        managed = self._policy is not None
+        endpoint = OpenAIClient(base_url, self._model, api_key=api_key, token_ids=managed)
+        client: ChatClient = _TimedClient(endpoint, deadline)
+        if self._policy is not None and self._counter is not None:
+            client = ContextClient(client, self._policy, self._counter())
         try:
             return within(deadline, lambda: self._env.run(task, client).reward)
         except DeadlineError:
-            status: Any = "timeout"
-        except (ContextFullError, ConfigError):
+            status: EpisodeStatus = "timeout"
+        except ContextFullError:
             status = "done"
-        except InfraError:
-            status = "env_error"
+        except (ConfigError, InfraError) as error:
+            if not isinstance(error.__cause__, OpenAIError):
+                raise  # not the endpoint's
+            cause = error.__cause__
+            status = status_of(cause) if isinstance(cause, APIStatusError) else "env_error"
         wall = time.monotonic() - started
         return RewardRecord(task.episode, 0.0, t_wall=wall, status=status)
 

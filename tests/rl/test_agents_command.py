@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from mle_tasks import constant, made_up
+from mle_tasks import made_up
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent_tools"))
 
@@ -28,7 +29,8 @@ from rl.types import AgentEnv, RewardRecord, Task
 # The ten lines of docs/agents.md: an agent that somebody wrote with the standard library.
 AGENT = """
 import json, os, urllib.request
-body = {"model": os.environ["MODEL"], "messages": [{"role": "user", "content": os.environ["PROMPT"]}]}
+prompt = [{"role": "user", "content": os.environ["PROMPT"]}]
+body = {"model": os.environ["MODEL"], "messages": prompt}
 request = urllib.request.Request(
     os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode(),
     {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]})
@@ -139,13 +141,11 @@ def _gone(pid: int) -> bool:
 
 
 def test_an_agent_dies_with_the_thread_that_ran_it(tmp_path: Path) -> None:
+    sleeper = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
         "import sys; from pathlib import Path; from rl.agents.host import run_group\n"
-        "run_group([sys.executable, '-c', \"import os, time; open('pid', 'w').write(str(os.getpid()));"
-        ' time.sleep(600)"], Path(sys.argv[1]), {}, 600)\n'
+        f"run_group([sys.executable, '-c', {sleeper!r}], Path(sys.argv[1]), {{}}, 600)\n"
     )
-    import subprocess
-
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     for _ in range(400):
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
@@ -166,7 +166,7 @@ def test_a_submission_is_graded_on_the_split_that_was_asked_for(tmp_path: Path) 
     competition = made_up(tmp_path, "train")
     verifier = Verifier({"made-up": competition})
     work = (
-        "import shutil; text = open('/home/data/sample_submission.csv').read().replace('0.5', '0.0')\n"
+        "text = open('/home/data/sample_submission.csv').read().replace('0.5', '0.0')\n"
         "open('/home/submission/submission.csv', 'w').write(text)"
     )
     env = agent_env("command", {"command": ["python3", "-c", work]}, verifier=verifier)
@@ -175,7 +175,6 @@ def test_a_submission_is_graded_on_the_split_that_was_asked_for(tmp_path: Path) 
     assert 0 < record.outcome < 1
     nothing = agent_env("command", {"command": ["true"]}, verifier=verifier)
     assert nothing.run(make_task(competition, "dev"), "http://x/v1", "e", 60).outcome == 0.0
-    assert constant("0.0")
 
 
 def test_a_number_is_a_reward_only_from_0_to_1(tasks: Path) -> None:

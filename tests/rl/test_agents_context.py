@@ -22,7 +22,7 @@ from rl.agents.context import (
     fit,
     protected,
 )
-from rl.agents.context_client import ContextClient, ContextFullError
+from rl.agents.context_client import ContextClient, ContextFullError, TemplateCounter
 from rl.checkpoints import bundled_checkpoint
 from rl.prefix_tree import build_packs
 from rl.types import CallRecord, ChatReply, Message
@@ -63,7 +63,7 @@ def test_old_results_are_dropped_oldest_first_and_as_few_as_are_enough() -> None
     history = loop(4)
     policy = Policy(words(history) - 1, 1.0, (Drop(keep=1, stub="-"), Truncate()))
     fitted = fit(history, policy, words, no_ask)
-    assert [m["content"] for m in fitted.messages if m["role"] == "tool"][0] == "-"
+    assert next(m["content"] for m in fitted.messages if m["role"] == "tool") == "-"
     assert list(fitted.messages[4:]) == history[4:]
     tight = fit(history, Policy(words(history) - 1, 0.0, (Drop(keep=2, stub="-"),)), words, no_ask)
     contents = [m["content"] for m in tight.messages if m["role"] == "tool"]
@@ -253,7 +253,7 @@ def play(client: ContextClient, turns: int) -> None:
 def test_an_edit_starts_a_branch_and_the_calls_between_edits_share_one() -> None:
     echo = Echo()
     policy = Policy(160, 0.6, (Drop(0, "-", ("user",)), Truncate()))
-    client = ContextClient(echo, policy, TOKENIZER)
+    client = ContextClient(echo, policy, TemplateCounter(TOKENIZER))
     play(client, 9)
     assert client.edits, "the policy never acted"
     edited = {edit.call for edit in client.edits}
@@ -272,7 +272,9 @@ def test_an_edit_starts_a_branch_and_the_calls_between_edits_share_one() -> None
 def test_a_summary_is_a_call_of_the_same_client_with_a_seed_of_its_own() -> None:
     echo = Echo()
     client = ContextClient(
-        echo, Policy(150, 0.6, (Summarise(max_tokens=20), Truncate())), TOKENIZER
+        echo,
+        Policy(150, 0.6, (Summarise(max_tokens=20), Truncate())),
+        TemplateCounter(TOKENIZER),
     )
     play(client, 6)
     summaries = [i for i, shown in enumerate(echo.shown) if shown[-1]["content"] == INSTRUCTION]
@@ -284,7 +286,7 @@ def test_a_summary_is_a_call_of_the_same_client_with_a_seed_of_its_own() -> None
 
 def test_a_history_that_does_not_continue_the_last_one_starts_anew() -> None:
     echo = Echo()
-    client = ContextClient(echo, Policy(4000), TOKENIZER)
+    client = ContextClient(echo, Policy(4000), TemplateCounter(TOKENIZER))
     first: list[Message] = [{"role": "user", "content": "one"}]
     client.chat(first)
     client.chat([{"role": "user", "content": "another"}])
@@ -293,7 +295,7 @@ def test_a_history_that_does_not_continue_the_last_one_starts_anew() -> None:
 
 def test_a_context_that_cannot_fit_is_not_sent() -> None:
     echo = Echo()
-    client = ContextClient(echo, Policy(20), TOKENIZER)
+    client = ContextClient(echo, Policy(20), TemplateCounter(TOKENIZER))
     with pytest.raises(ContextFullError, match="its budget is 20: raise the budget"):
         client.chat([{"role": "user", "content": "many words " * 40}])
     assert echo.calls == []
