@@ -165,7 +165,7 @@ class ForgeSection(Strict):
     """`async`: workers, engine, gateway and trainer as processes, generation beside training."""
 
     mode: Literal["sync", "async"] = "sync"
-    parts: str = Field(default="rl.mle_parts:mle_parts", pattern=r"^[\w.]+:\w+$")
+    parts: str = Field(default="rl.agents.parts:agent_parts", pattern=r"^[\w.]+:\w+$")
     """`module:function` from the run file to what is trained against (`rl.parts`)."""
     workers: int = Field(default=2, ge=1)
     """Rollout processes."""

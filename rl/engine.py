@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from model.chat_format import ToolCallError, parse, render_ids
@@ -23,8 +22,6 @@ from rl.errors import ConfigError, InfraError
 from rl.types import ChatReply, Message
 
 if TYPE_CHECKING:
-    import openai
-
     from model.generate import Engine, Generation, GenRequest
 
 HTTP_TIMEOUT_S = 120.0
@@ -190,30 +187,16 @@ class Cohort:
             self._waiting.clear()
 
 
-@lru_cache(maxsize=1)
-def _shared_client() -> openai.OpenAI:
-    """Its connections serve every address: a client of one's own costs 25 ms of CPU."""
-    import openai
-
-    return openai.OpenAI(base_url="http://127.0.0.1", api_key="none")
-
-
 class OpenAIClient:
-    """Any OpenAI-compatible endpoint. Replies carry no ids: for measuring, not for training.
+    """Any OpenAI-compatible endpoint. Replies carry no ids: for measuring, not for training."""
 
-    With `token_ids` they are asked for, and carried where the endpoint gives them (the gateway).
-    """
-
-    def __init__(
-        self, base_url: str, model: str, *, api_key: str = "none", token_ids: bool = False
-    ) -> None:
+    def __init__(self, base_url: str, model: str, *, api_key: str = "none") -> None:
         import openai
 
         self._openai = openai
         self._model = model
         self._url = base_url
-        self._extra = {"extra_body": {"return_token_ids": True}} if token_ids else {}
-        self._client = _shared_client().with_options(
+        self._client = openai.OpenAI(
             base_url=base_url, api_key=api_key, timeout=HTTP_TIMEOUT_S, max_retries=2
         )
 
@@ -229,7 +212,6 @@ class OpenAIClient:
         """One reply. InfraError when the endpoint is down, ConfigError when it refuses."""
         started = time.time()
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        options |= self._extra
         if seed is not None:
             options["seed"] = seed
         try:
@@ -254,11 +236,8 @@ class OpenAIClient:
         if not choices:
             raise InfraError(f"{self._url} gave an answer without choices; check the endpoint")
         choice = choices[0]
-        given = choice.model_extra or {}
         return ChatReply(
             text=choice.message.content or "",
-            prompt_ids=tuple(given.get("prompt_token_ids") or ()),
-            response_ids=tuple(given.get("token_ids") or ()),
             finish_reason=choice.finish_reason or "stop",
             t_start=started,
             t_end=time.time(),

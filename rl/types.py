@@ -176,6 +176,7 @@ class Env(Protocol):
 class AgentEnv(Protocol):
     """Runs one attempt of an agent that we did not write: it talks to an OpenAI or Anthropic
     `base_url` and knows nothing of training. The gateway behind the URL records its calls; what
-    comes back is the reward alone (`task.episode` names it). Raises only on broken code."""
+    comes back is the reward alone (`task.episode` names it). Raises InfraError where the endpoint
+    or a sandbox is away, so that the attempt is made again; anything else only on broken code."""
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord: ...

@@ -49,6 +49,7 @@ class Bridge:
             raise UserError(f"--base-url {base_url!r}: give a URL such as http://127.0.0.1:8000/v1")
         self.calls = 0
         self.tokens = 0
+        self.failed = False  # whether the endpoint was away, or at fault, at the last request
         self._lock = threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="mle-"))  # short: a socket's path is limited
         self.folder.chmod(0o755)
@@ -144,10 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
             reply = line.getresponse()
             data = reply.read()
         except (OSError, http.client.HTTPException) as error:
+            self._bridge.failed = True
             self._answer(502, f"the model did not answer: {type(error).__name__}\n".encode())
             return
         finally:
             line.close()
+        self._bridge.failed = reply.status >= 500
         if self.command == "POST":
             self._bridge.count(data)
         self._answer(reply.status, data, reply.getheader("Content-Type") or "application/json")

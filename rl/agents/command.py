@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from rl.agents.graders import Grader, Submission
 from rl.agents.host import run_group
 from rl.envs.mle.env import scored_rows
 from rl.envs.mle.prompts import one_line
-from rl.errors import InfraError
+from rl.errors import ConfigError, InfraError
 from rl.types import EpisodeStatus, RewardRecord, Task
 
 _NOT_STARTED = (126, 127)
@@ -85,8 +84,8 @@ class CommandAgent:
         self._env = dict(env or {})
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
-        """One episode. ConfigError where the program does not exist, InfraError where no sandbox
-        can be opened."""
+        """One episode. ConfigError where the program does not exist; InfraError where the sandbox
+        or the grader fails, or the endpoint did at the agent's last request."""
         started = time.monotonic()
         prompt = self._prompt(task, deadline_s)
         with tempfile.TemporaryDirectory(prefix="agent-") as name:
@@ -98,14 +97,10 @@ class CommandAgent:
                 ended = self._in_sandbox(task, prompt, folder, base_url, api_key, deadline_s)
             wall = time.monotonic() - started
             self._keep(task, ended)
-            outcome, status = 0.0, ended.status
-            if status == "done":
-                try:
-                    outcome = self._grader(task, folder)
-                except InfraError as error:
-                    print(f"{task.episode}: not graded: {error}", file=sys.stderr, flush=True)
-                    status = "env_error"
-        return RewardRecord(task.episode, outcome, t_wall=wall, status=status)
+            outcome = 0.0
+            if ended.status == "done":
+                outcome = self._grader(task, folder)
+        return RewardRecord(task.episode, outcome, t_wall=wall, status=ended.status)
 
     # ---------------------------------------------------------- on this machine
 
@@ -164,7 +159,9 @@ class CommandAgent:
             if place.keep is not None and path.startswith("logs/"):
                 _write(place.keep / (task.episode or task.id), path, data)
         if done.status == "infra":
-            return _Ended("env_error", done.stdout, done.stderr)
+            raise InfraError(f"the agent's sandbox failed: {one_line(done.stderr)}")
+        if bridge.failed:
+            raise InfraError("the endpoint failed at the agent's last request")
         return _ended(done.exit_code, done.status == "timeout", done.stdout, done.stderr)
 
     # ---------------------------------------------------------- what the program is told
@@ -230,11 +227,9 @@ def _write(folder: Path, path: str, data: bytes) -> None:
 
 
 def _ended(exit_code: int | None, timed_out: bool, stdout: str, stderr: str) -> _Ended:
-    status: EpisodeStatus = "timeout" if timed_out else "done"
     if exit_code in _NOT_STARTED:
-        print(f"agent: {one_line(stderr) or 'cannot be run'}", file=sys.stderr, flush=True)
-        status = "env_error"
-    return _Ended(status, stdout, stderr)
+        raise ConfigError(f"agent command cannot be run: {one_line(stderr) or 'no reason given'}")
+    return _Ended("timeout" if timed_out else "done", stdout, stderr)
 
 
 def _filled(part: str, known: Mapping[str, str]) -> str:

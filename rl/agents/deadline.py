@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from rl.forge.gateway_client import DeadlineError
+
 T = TypeVar("T")
-
-
-class DeadlineError(Exception):
-    """The episode's time is over."""
 
 
 class Deadline:

@@ -27,7 +27,7 @@ class ScriptEnv(Protocol):
 
 
 class Desk:
-    """The tools of one episode, for any number of threads.
+    """The tools of one episode, for any number of threads; `reward` comes after them.
 
     scripts   how many the agent may have executed; one may be handed in even after that
     """
@@ -41,6 +41,7 @@ class Desk:
         self._tried: str | None = None
         self._final: ScriptOutcome | None = None
         self._infra: ScriptOutcome | None = None
+        self._scripts: list[ScriptOutcome] = []
         self.tool_s = 0.0
 
     def run_script(self, code: str) -> str:
@@ -72,12 +73,27 @@ class Desk:
         final = self._infra or self._final
         if final is None:
             return RewardRecord(self._task.episode, 0.0, t_wall=t_wall, t_tool=self.tool_s)
+        others = [script for script in self._scripts if script is not final]
         return RewardRecord(
             episode=self._task.episode,
             outcome=percentile_reward(final.percentile, valid=final.valid),
             t_wall=t_wall,
             t_tool=self.tool_s,
             status=episode_status(final),
+            scripts=(*others, final),
+        )
+
+    def timeout(self, t_wall: float) -> RewardRecord:
+        """The record of an episode that did not end in time, whatever was handed in."""
+        with self._lock:
+            scripts = tuple(self._scripts)
+        return RewardRecord(
+            self._task.episode,
+            0.0,
+            t_wall=t_wall,
+            t_tool=self.tool_s,
+            status="timeout",
+            scripts=scripts,
         )
 
     def _take(self) -> bool:
@@ -91,6 +107,7 @@ class Desk:
         outcome = self._env.attempt(self._task, script, last)
         with self._lock:
             self.tool_s += time.monotonic() - started
+            self._scripts.append(outcome)
             if outcome.status == "infra":
                 self._infra = outcome
         return outcome

@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rl.agents.deadline import Deadline, DeadlineError, within
+from rl.agents.deadline import Deadline, within
 from rl.agents.desk import Desk, ScriptEnv
-from rl.agents.refusals import status_of
-from rl.types import EpisodeStatus, RewardRecord, Task
+from rl.agents.refusals import judge_refusal
+from rl.errors import InfraError
+from rl.forge.gateway_client import DeadlineError
+from rl.types import RewardRecord, Task
 
 Builder = Callable[..., Any]
 
@@ -55,30 +57,26 @@ class LangGraphAgent:
         self._options = dict(options or {})
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
-        """One episode. A graph's own exceptions are raised, those of its endpoint are outcomes."""
+        """One episode. InfraError where the endpoint is away, ConfigError where the agent asks for
+        what the run forbids; a graph's own exceptions are raised too."""
         started = time.monotonic()
         deadline = Deadline(deadline_s)
         desk = Desk(self._env, task, self._scripts, deadline)
 
         def episode() -> RewardRecord:
-            fault = self._drive(task, base_url, api_key, desk, deadline)
+            self._drive(task, base_url, api_key, desk, deadline)
             deadline.check()
-            if fault is not None:
-                return RewardRecord(task.episode, 0.0, t_tool=desk.tool_s, status=fault)
             return desk.reward(time.monotonic() - started)
 
         try:
             return within(deadline, episode)
         except DeadlineError:
-            wall = time.monotonic() - started
-            return RewardRecord(
-                task.episode, 0.0, t_wall=wall, t_tool=desk.tool_s, status="timeout"
-            )
+            return desk.timeout(time.monotonic() - started)
 
     def _drive(
         self, task: Task, base_url: str, api_key: str, desk: Desk, deadline: Deadline
-    ) -> EpisodeStatus | None:
-        """Run the graph to its end; a status where that decides, None where the scripts do."""
+    ) -> None:
+        """Run the graph to its end."""
         import openai  # slow to import, as langgraph
         from langgraph.errors import GraphRecursionError
 
@@ -89,18 +87,16 @@ class LangGraphAgent:
         try:
             if self._is_async:
                 asyncio.run(_drive_async(graph, inputs, self._steps, deadline))
-                return None
+                return
             for _ in graph.stream(inputs, {"recursion_limit": self._steps}):
                 deadline.check()
         except GraphRecursionError:
-            return None
+            return
         except openai.APIStatusError as error:
-            status = status_of(error)
-            return None if status == "done" else status
-        except openai.APIConnectionError:
+            judge_refusal(error)
+        except openai.APIConnectionError as error:
             deadline.check()
-            return "env_error"
-        return None
+            raise InfraError(f"the endpoint {base_url} is away: {error}") from error
 
 
 async def _drive_async(graph: Any, inputs: Any, steps: int, deadline: Deadline) -> None:

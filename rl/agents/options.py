@@ -60,8 +60,6 @@ class MleAgent(Strict):
     """Our own environment (`rl.envs.mle`), seen from the gateway like any other agent."""
 
     kind: Literal["mle"] = "mle"
-    model: str = "nano"
-    """The name that requests give."""
     context: ContextSection | None = None
     tokenizer: str = "nano"
     """Checkpoint whose tokenizer counts the budget's tokens."""
@@ -72,6 +70,7 @@ class LangGraphOptions(Strict):
 
     kind: Literal["langgraph"] = "langgraph"
     model: str = "nano"
+    """The name that requests give."""
     graph: str = Field(default="rl.agents.langgraph_mle:build", pattern=CALL_PATTERN)
     """`module:function` of the builder (`rl.agents.langgraph_env`)."""
     options: dict[str, Any] = Field(default_factory=dict)

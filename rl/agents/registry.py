@@ -88,12 +88,11 @@ def make_agent(
         )
     assert isinstance(section, MleAgent)
     if section.context is None:
-        return WhiteBoxAgent(env, model=section.model)
+        return WhiteBoxAgent(env)
     tokenizer = Tokenizer.load(resolve_checkpoint(section.tokenizer))
     keep = section.context.keep
     return WhiteBoxAgent(
         env,
-        model=section.model,
         policy=section.context.policy(),
         counter=lambda: GatewayCounter(tokenizer, keep),
     )

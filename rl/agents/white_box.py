@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 from rl.agents.context import Policy
 from rl.agents.context_client import ContextClient, ContextFullError, Counter
-from rl.agents.deadline import Deadline, DeadlineError, within
-from rl.agents.refusals import status_of
-from rl.engine import OpenAIClient
-from rl.errors import ConfigError, InfraError
-from rl.types import (
-    ChatClient,
-    ChatReply,
-    Env,
-    EpisodeStatus,
-    Message,
-    RewardRecord,
-    Task,
-)
+from rl.agents.deadline import Deadline, within
+from rl.forge.gateway_client import DeadlineError, GatewayChat, LimitError
+from rl.types import ChatClient, Env, EpisodeStatus, RewardRecord, Task
 
 
 class WhiteBoxAgent:
-    """Runs an `Env` against an endpoint (`rl.types.AgentEnv`); for any number of threads."""
+    """Runs an `Env` against the gateway (`rl.types.AgentEnv`); for any number of threads."""
 
     def __init__(
         self,
         env: Env,
         *,
-        model: str,
         policy: Policy | None = None,
         counter: Callable[[], Counter] | None = None,
     ) -> None:
@@ -38,54 +27,29 @@ class WhiteBoxAgent:
         if (policy is None) != (counter is None):
             raise ValueError("a context policy needs a counter of tokens, and the other way round")
         self._env = env
-        self._model = model
         self._policy = policy
         self._counter = counter
 
     def run(self, task: Task, base_url: str, api_key: str, deadline_s: float) -> RewardRecord:
-        """One episode. A context that cannot be made to fit, or a request that the endpoint
-        refuses, ends it with reward 0."""
-        from openai import APIStatusError, OpenAIError  # slow to import
-
+        """One episode. A context that cannot be made to fit ends it with reward 0, as deadline and
+        limits do. Raises as `GatewayChat.chat` for what is no outcome."""
         started = time.monotonic()
         deadline = Deadline(deadline_s)
-        managed = self._policy is not None
-        endpoint = OpenAIClient(base_url, self._model, api_key=api_key, token_ids=managed)
-        client: ChatClient = _TimedClient(endpoint, deadline)
+        chat = GatewayChat(
+            base_url, api_key, started + deadline_s, token_ids=self._policy is not None
+        )
+        client: ChatClient = chat
         if self._policy is not None and self._counter is not None:
-            client = ContextClient(client, self._policy, self._counter())
+            client = ContextClient(chat, self._policy, self._counter())
         try:
-            return within(deadline, lambda: self._env.run(task, client).reward)
-        except DeadlineError:
+            episode = within(deadline, lambda: self._env.run(task, client))
+        except (DeadlineError, LimitError):
             status: EpisodeStatus = "timeout"
         except ContextFullError:
             status = "done"
-        except (ConfigError, InfraError) as error:
-            if not isinstance(error.__cause__, OpenAIError):
-                raise  # not the endpoint's
-            cause = error.__cause__
-            status = status_of(cause) if isinstance(cause, APIStatusError) else "env_error"
+        else:
+            return replace(episode.reward, scripts=episode.scripts)
+        finally:
+            chat.end()
         wall = time.monotonic() - started
         return RewardRecord(task.episode, 0.0, t_wall=wall, status=status)
-
-
-class _TimedClient:
-    """Looks at the clock before every call."""
-
-    def __init__(self, client: ChatClient, deadline: Deadline) -> None:
-        self._client = client
-        self._deadline = deadline
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        temperature: float = 1.0,
-        max_tokens: int = 256,
-        seed: int | None = None,
-    ) -> ChatReply:
-        self._deadline.check()
-        return self._client.chat(
-            messages, tools=tools, temperature=temperature, max_tokens=max_tokens, seed=seed
-        )

@@ -23,7 +23,7 @@ from rl.agents.tasks import FolderTaskset
 from rl.config import RunConfig, validate
 from rl.envs.mle.env import make_task
 from rl.envs.mle.verifier import Verifier
-from rl.errors import ConfigError
+from rl.errors import ConfigError, InfraError
 from rl.types import AgentEnv, RewardRecord, Task
 
 # The ten lines of docs/agents.md: an agent that somebody wrote with the standard library.
@@ -225,8 +225,18 @@ def test_many_episodes_run_at_once(tasks: Path) -> None:
 def test_a_program_that_is_not_there_is_no_zero_reward(tasks: Path) -> None:
     with pytest.raises(ConfigError, match="'no-such-agent': no such program"):
         run(agent("none", "no-such-agent"), tasks, "http://127.0.0.1:9/v1")
-    record = run(agent("bubblewrap", "no-such-agent"), tasks, "http://127.0.0.1:9/v1")
-    assert record.status == "env_error"
+    with pytest.raises(ConfigError, match="no-such-agent: command not found"):
+        run(agent("bubblewrap", "no-such-agent"), tasks, "http://127.0.0.1:9/v1")
+
+
+def test_an_endpoint_that_fails_to_the_last_is_no_fault_of_the_agent(tasks: Path) -> None:
+    env = agent("bubblewrap", "python3", "agent.py")
+    with pytest.raises(InfraError, match="the endpoint failed at the agent's last request"):
+        run(env, tasks, "http://127.0.0.1:9/v1")
+    with ModelDouble(lambda request: 503) as model, pytest.raises(InfraError):
+        run(env, tasks, model.base_url)
+    with ModelDouble(lambda request: 400) as model:
+        assert run(env, tasks, model.base_url).status == "done"
 
 
 @pytest.mark.parametrize(

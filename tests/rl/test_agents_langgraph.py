@@ -34,9 +34,10 @@ from rl.agents.registry import agent_env
 from rl.checkpoints import bundled_checkpoint
 from rl.envs.mle.env import MleEnv, make_task
 from rl.envs.mle.verifier import Verifier
+from rl.errors import ConfigError, InfraError
 from rl.prefix_tree import build_packs
 from rl.rollout import CachingPool
-from rl.types import CallRecord, RewardRecord, Sampling, Task
+from rl.types import CallRecord, Sampling, Task
 
 SAMPLING = {"max_tokens": 512, "seed": 5}
 
@@ -143,6 +144,7 @@ def test_the_nano_plays_and_the_trainers_model_gives_the_recorded_log_probs(
     scripts = [said(call) for call in calls]
     assert reward.outcome == earned(env, scripts[-1])
     assert reward.t_tool > 0
+    assert [script.script for script in reward.scripts] == scripts
     model = load_model(bundled_checkpoint(), device="cpu")
     for call in calls:
         assert (call.group, call.temperature, call.constrained) == (4, 1.0, False)
@@ -151,7 +153,6 @@ def test_the_nano_plays_and_the_trainers_model_gives_the_recorded_log_probs(
         with torch.no_grad():
             logp = token_logprobs(model.float(), ids, torch.tensor([ids.shape[1]]))
         worst = (logp[0, len(call.prompt_ids) :] - torch.tensor(call.logprobs)).abs().max()
-        print("WORST", worst)
         assert worst < 1e-4
     # The same seed opens the same episode again.
     again = nano.open("g4-0.1", group=4, sampling=sampling)
@@ -339,8 +340,8 @@ def test_coroutines_run_and_are_cancelled_at_the_deadline(scripted: Scripted, en
     base_url = scripted.stage.open("cancelled", sampling=SAMPLING)
     reward = agent.run(task("cancelled"), base_url, "key", 0.5)
     assert (reward.status, reward.outcome) == ("timeout", 0.0)
-    slow.set()
     assert scripted.stage.close("cancelled") == []  # a cancelled call is no record
+    slow.set()
 
 
 def test_the_gateways_own_deadline_is_a_timeout_too(scripted: Scripted, env: MleEnv) -> None:
@@ -352,12 +353,29 @@ def test_the_gateways_own_deadline_is_a_timeout_too(scripted: Scripted, env: Mle
 
 
 def test_an_endpoint_that_is_gone_is_no_fault_of_the_agent(env: MleEnv) -> None:
-    reward = LangGraphAgent(env, react, model="nano").run(
-        task("gone"), "http://127.0.0.1:9/v1", "key", 60
-    )
-    assert reward == RewardRecord("gone", 0.0, t_wall=reward.t_wall, status="env_error")
-    white = agent_env("mle", {}, env).run(task("gone"), "http://127.0.0.1:9/v1", "key", 60)
-    assert white.status == "env_error"
+    for agent in (LangGraphAgent(env, react, model="nano"), agent_env("mle", {}, env)):
+        with pytest.raises(InfraError, match="away"):
+            agent.run(task("gone"), "http://127.0.0.1:9/v1", "key", 60)
+
+
+def test_an_episode_that_a_restarted_gateway_does_not_know_is_to_be_run_again(
+    scripted: Scripted, env: MleEnv
+) -> None:
+    for agent in (LangGraphAgent(env, react, model="nano"), agent_env("mle", {}, env)):
+        with pytest.raises(InfraError, match=r"answered 404: .*no episode 'never-opened'"):
+            agent.run(task("x"), f"{scripted.stage.url}/e/never-opened/v1", "key", 60)
+
+
+def test_what_the_run_forbids_is_an_error_of_the_agent_not_a_reward(
+    scripted: Scripted, env: MleEnv
+) -> None:
+    def cold(base_url: str, api_key: str, model: str, tools: Sequence[Any]) -> Any:
+        llm = ChatOpenAI(base_url=base_url, api_key=api_key, model=model, temperature=0.2)
+        return create_react_agent(llm, list(tools))
+
+    base_url = scripted.stage.open("cold", sampling=SAMPLING)
+    with pytest.raises(ConfigError, match=r"temperature=0\.2 is not allowed in this run"):
+        LangGraphAgent(env, cold, model="nano").run(task("cold"), base_url, "key", 60)
 
 
 # ------------------------------------------------------------------ branches and sub-agents
