@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import openai
 from langgraph.graph import END, START, StateGraph
@@ -20,10 +21,12 @@ Tool = Callable[[str], str]
 
 
 class State(TypedDict):
-    """Messages so far, model calls so far, and whether a script was handed in."""
+    """Messages and model calls so far, the best script with its percentile, and whether one was
+    handed in."""
 
     messages: Annotated[list[dict[str, Any]], operator.add]
     turn: Annotated[int, operator.add]
+    best: tuple[float, str]
     done: bool
 
 
@@ -34,12 +37,14 @@ def build(
     tools: Sequence[Tool],
     *,
     turns: int = 3,
+    hand_in: Literal["last", "best"] = "last",
     tool_calls: bool = False,
     timeout_s: float = 600.0,
 ) -> Any:
     """The compiled graph; it is invoked with `{"messages": […]}`.
 
-    turns        model calls at most; without tool calls the last script is the one handed in
+    turns        model calls at most
+    hand_in      without tool calls: the last script, or the one with the best percentile
     tool_calls   tell the model of the tools, and expect calls instead of a script
     """
     client = _connections().with_options(
@@ -63,13 +68,22 @@ def build(
     def act(state: State) -> dict[str, Any]:
         reply = state["messages"][-1]
         if not tool_calls:
-            last = state["turn"] >= turns
-            result = named["submit" if last else "run_script"](reply["content"])
-            return {"messages": [{"role": "user", "content": result}], "done": last}
+            return act_on_script(state, reply["content"])
         calls = reply.get("tool_calls") or []
         results = [_call(named, call) for call in calls]
         submitted = any(call["function"]["name"] == "submit" for call in calls)
         return {"messages": results, "done": submitted or not calls}
+
+    def act_on_script(state: State, script: str) -> dict[str, Any]:
+        last = state["turn"] >= turns
+        if last and hand_in == "last":
+            return {"messages": [_told(named["submit"](script))], "done": True}
+        result = named["run_script"](script)
+        tried = (_percentile(result), script)
+        best = max(state.get("best") or tried, tried, key=operator.itemgetter(0))
+        if last:
+            result = named["submit"](best[1])
+        return {"messages": [_told(result)], "best": best, "done": last}
 
     def after(state: State) -> str:
         return END if state.get("done") or state["turn"] >= turns else "think"
@@ -101,6 +115,16 @@ def _call(named: Mapping[str, Tool], call: dict[str, Any]) -> dict[str, Any]:
     else:
         result = named[name](code)
     return {"role": "tool", "tool_call_id": call["id"], "content": result}
+
+
+def _told(result: str) -> dict[str, Any]:
+    return {"role": "user", "content": result}
+
+
+def _percentile(result: str) -> float:
+    """The percentile that a result names; 0 for an error."""
+    found = re.search(r"percentile ([\d.]+)", result)
+    return float(found[1]) if found else 0.0
 
 
 def _schema(tool: Tool) -> dict[str, Any]:

@@ -17,13 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent_tools"))
 
 from mle_model_double import ModelDouble
 
+from rl.agents.command import CommandAgent
 from rl.agents.host import run_group
+from rl.agents.langgraph_env import LangGraphAgent
 from rl.agents.registry import KINDS, agent_env, own_tasks
 from rl.agents.tasks import FolderTaskset
+from rl.agents.white_box import WhiteBoxAgent
 from rl.config import RunConfig, validate
 from rl.envs.mle.env import make_task
 from rl.envs.mle.verifier import Verifier
 from rl.errors import ConfigError, InfraError
+from rl.forge.worker import parts_factory
+from rl.parts import AgentParts
 from rl.types import AgentEnv, RewardRecord, Task
 
 # The ten lines of docs/agents.md: an agent that somebody wrote with the standard library.
@@ -269,6 +274,28 @@ def test_kinds_by_name(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="no task there"):
         FolderTaskset(tmp_path)
+
+
+def test_a_run_file_names_its_agent_and_tasks(tasks: Path) -> None:
+    """What `forge.parts` is unless a run file says otherwise."""
+    command = {"kind": "command", "command": ["x"]}
+    for options, ids, kind in (
+        ({}, ["diamonds-price"], WhiteBoxAgent),
+        ({"agent": {"kind": "langgraph"}}, ["diamonds-price"], LangGraphAgent),
+        ({"agent": command}, ["diamonds-price"], CommandAgent),
+        ({"agent": {**command, "tasks": str(tasks)}}, ["adding"], CommandAgent),
+    ):
+        values = {
+            "competitions": ["diamonds-price"],
+            "sandbox": {"kind": "process", "workers": 1},
+            **options,
+        }
+        config = validate(RunConfig, values, "run.yaml")
+        with parts_factory(config.forge.parts)(config) as parts:
+            assert isinstance(parts, AgentParts)
+            assert [task.id for task in parts.tasks] == ids
+            assert {task.split for task in parts.tasks} <= {"dev", "train"}
+            assert type(parts.agent) is kind
 
 
 def test_tasks_of_ones_own(tasks: Path) -> None:

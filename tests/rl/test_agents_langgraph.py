@@ -173,6 +173,17 @@ def test_the_last_script_counts_and_results_are_told(scripted: Scripted, env: Ml
     assert "percentile 0" in TOKENIZER.decode(calls[2].prompt_ids)
 
 
+def test_the_best_script_can_be_handed_in_instead(scripted: Scripted, env: MleEnv) -> None:
+    scripts = iter([constant("0.0"), constant("unknown_name"), constant("50.0")])
+    scripted.engine.say = lambda prompt: next(scripts)
+    agent = agent_env("langgraph", {"options": {"turns": 3, "hand_in": "best"}}, env)
+    base_url = scripted.stage.open("best", sampling=SAMPLING)
+    reward = agent.run(task("best"), base_url, "key", 60)
+    assert reward.outcome == earned(env, constant("0.0")) > 0
+    assert [script.valid for script in reward.scripts] == [True, False, True, True]
+    assert len(scripted.stage.close("best")) == 3
+
+
 def test_no_torch_is_imported_for_agents() -> None:
     code = (
         "import sys; import rl.agents.registry, rl.agents.langgraph_mle\n"

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from agent_parts import TOKENIZER, ScriptedEngine, gateway
+from mle_tasks import made_up
 
 from agent_tools.errors import UserError
 from agent_tools.mle_agent.model_client import BundledServer
 from agent_tools.paths import agents_python, repo_root
 from rl.agents.registry import agent_env
 from rl.agents.tasks import FolderTaskset
+from rl.envs.mle.env import make_task
+from rl.envs.mle.verifier import Verifier
 from rl.types import Sampling, Task
 
 pytestmark = pytest.mark.real
@@ -96,6 +99,29 @@ def test_it_repairs_a_module_and_every_id_is_recorded(
     assert "Read-only file system" in shown
     assert "cannot access \\u0027/work\\u0027" in shown
     assert "directory\\n0\\n" in shown  # no variable of ours is there
+
+
+def test_it_hands_in_to_a_competition(tmp_path: Path) -> None:
+    competition = made_up(tmp_path / "data", "train")
+    commands = iter(
+        [
+            "sed 's/,0.5$/,0.0/' $DATA_DIR/sample_submission.csv > /home/submission/submission.csv",
+            "/home/validate_submission.sh /home/submission/submission.csv",
+            COMMANDS[-1],
+        ]
+    )
+    agent = agent_env("mini-swe-agent", {}, verifier=Verifier({"made-up": competition}))
+    with (
+        ScriptedEngine(lambda prompt: command(next(commands))) as engine,
+        gateway(engine.url, tmp_path) as stage,
+    ):
+        base_url = stage.open("g1-0.0", sampling={"max_tokens": 512})
+        attempt = replace(make_task(competition, "dev"), episode="g1-0.0")
+        reward = agent.run(attempt, base_url, "key", 120)
+        calls = stage.close("g1-0.0")
+    assert reward.status == "done"
+    assert 0 < reward.outcome < 1
+    assert '"output": "valid' in TOKENIZER.decode(calls[2].prompt_ids)
 
 
 def test_the_nano_behind_it_is_recorded_whatever_it_can_do(task: Task, tmp_path: Path) -> None:
