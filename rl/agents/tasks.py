@@ -43,7 +43,7 @@ class FolderTaskset:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{folder / 'prompt.md'}: {error}; make it UTF-8 text") from error
         messages = ({"role": "user", "content": prompt},)
-        return Task(task_id, messages, folder / "files", self._split)
+        return Task(task_id, messages, folder / "files", self._split, domain="own")
 
 
 def tests_folder(task: Task) -> Path | None:
