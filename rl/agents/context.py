@@ -63,7 +63,8 @@ class Summarise:
 
 @dataclass(frozen=True)
 class Truncate:
-    """Leave out the oldest exchanges, as few as are enough; the `keep` newest stay."""
+    """Leave out the oldest exchanges, as few as are enough; the `keep` newest stay unless the
+    budget itself cannot be held with them."""
 
     keep: int = 1
 
@@ -178,9 +179,10 @@ def _truncate(
         return tuple(m for i, m in enumerate(messages) if i not in gone)
 
     old = old[: _least(len(old), lambda n: count(without(old[:n])) <= goal)]
-    # A summary goes for the budget's sake alone, not for the target's.
-    shorter = without(old)
-    return shorter if count(shorter) <= budget else without([*old, *summaries])
+    # A summary and what was to be kept go for the budget's sake alone, not for the target's.
+    more = [*summaries, *exchanges[len(old) :]]
+    needed = _least(len(more), lambda n: count(without([*old, *more[:n]])) <= budget)
+    return without([*old, *more[:needed]])
 
 
 def _summarise(

@@ -192,7 +192,7 @@ def test_no_policy_loses_the_system_prompt_or_the_last_user_turn(
 def test_truncation_holds_the_budget_wherever_it_can_be_held(
     history: list[Message], budget: int, target: float
 ) -> None:
-    fitted = fit(history, Policy(budget, target, (Drop(), Truncate(keep=0))), words, no_ask)
+    fitted = fit(history, Policy(budget, target, (Drop(), Truncate(keep=1))), words, no_ask)
     least = words([history[i] for i in protected(history)])
     assert fitted.fits == (least <= budget)
 
