@@ -4,7 +4,7 @@ Trains every (objective, seed) at the same time, then samples the start and each
 on the private tests of the train competitions and on val. The last checkpoint is the one measured:
 nothing is chosen by a score. Intervals: 95 % bootstrap over competitions' samples and over seeds;
 those of `generalises` draw the competitions too.
-`--summarise samples.jsonl` computes the figures of a run again from its samples.
+`--summarise samples.jsonl` (or `.xz`) computes the figures of a run again from its samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scripts.nano.agent_dialogues import read_lines
 
 OBJECTIVES = ("cispo", "expert_iteration")
 DRAWS = 10_000
@@ -185,7 +187,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.summarise is not None:
-        lines = args.summarise.read_text().splitlines()
+        lines = read_lines(args.summarise)
         print(json.dumps(summarise([json.loads(line) for line in lines]), indent=2))
         return 0
     if args.out is None:
