@@ -350,7 +350,11 @@ def test_without_a_folder_for_the_library(
     falls_back(policy, "Not a directory")
 
 
-def test_a_damaged_library_is_made_again(fresh: Path, policy: Transformer) -> None:
+def test_a_damaged_library_is_made_again(
+    fresh: Path, policy: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)
+    monkeypatch.setattr(build, "FLAGS", quick)  # five compilations
     load_library()
     [path] = cache_folder().iterdir()
     whole = path.read_bytes()
