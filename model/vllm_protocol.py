@@ -7,7 +7,8 @@
 | `return_token_ids` | ids only | ids in each choice, and log-probs |
 | a bad tool call | dropped, or run although cut off | `tool_call_error`, or one repair |
 | thinking | `reasoning` | `reasoning_content` too, without line breaks at its border |
-| `constrained`, `version` | – | in each choice |
+| `constrained`, `version`, `versions` | – | in each choice |
+| `routed_experts` | base64 of an array | a row of layers × experts a token, beside the ids |
 | `POST /pause`, `POST /load` | other forms | `{"mode"}` and `{"path", "version"}`, as ours |
 
 A request of another form passes untouched, and so does what it is answered.
@@ -15,7 +16,10 @@ A request of another form passes untouched, and so does what it is answered.
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -32,6 +36,7 @@ from model.json_format import json_reply
 from model.serve_answers import Choice
 from model.serve_types import ApiError, CommonRequest, Json
 from model.tokenizer import Tokenizer
+from model.vllm_spans import Replies, Spans
 
 CHECKPOINT: Final = "SELFEVO_VLLM_CHECKPOINT"
 MAX_BODY: Final = 16 * 2**20
@@ -49,7 +54,13 @@ class Protocol:
         checkpoint = Path(os.environ[CHECKPOINT])
         self._tokenizer = Tokenizer.load(checkpoint)
         self._context = load_config(checkpoint).max_position_embeddings
-        self.version = int(os.environ.get("SELFEVO_VLLM_VERSION", "0"))
+        self._spans = Spans(int(os.environ.get("SELFEVO_VLLM_VERSION", "0")))
+        self._pauses = 0  # that are not complete yet
+        self._paused, self._loading = asyncio.Condition(), asyncio.Lock()
+
+    @property
+    def version(self) -> int:
+        return self._spans.version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path")
@@ -90,15 +101,18 @@ class Protocol:
             return
         if chat and tools and not body.get("stream"):
             body["return_token_ids"] = True  # to read the calls again, as our own server does
-        adapt = self._adapter(chat, constrained, ids, tools)
-        await self._app(
-            scope, _replay(json.dumps(body).encode(), receive), _Rewriting(send, adapt).send
-        )
+        self._spans.attach(_engine_of(scope))
+        n = body["n"] if isinstance(body.get("n"), int) else 1
+        with self._spans.following(n, texts=not chat) as replies:
+            adapt = self._adapter(chat, constrained, ids, tools, replies)
+            await self._app(
+                scope, _replay(json.dumps(body).encode(), receive), _Rewriting(send, adapt).send
+            )
 
     def _adapter(
-        self, chat: bool, constrained: bool, ids: bool, tools: list[Json] | None
+        self, chat: bool, constrained: bool, ids: bool, tools: list[Json] | None, replies: Replies
     ) -> Callable[[Json], None]:
-        version, begun = self.version, dict[int, _Thinking]()
+        begun = dict[int, _Thinking]()
 
         def adapt(body: Json) -> None:
             choices = body.get("choices")
@@ -118,7 +132,16 @@ class Protocol:
                     elif not ids:
                         choice.pop("token_ids", None)
                 if whole or choice.get("finish_reason"):
-                    choice |= {"constrained": constrained, "version": version}
+                    spans = replies.spans(choice.get("index", 0))
+                    choice |= {
+                        "constrained": constrained,
+                        "version": spans[-1][2] if spans else self.version,
+                    }
+                    if spans is not None:
+                        choice["versions"] = spans
+                experts = choice.pop("routed_experts", None)
+                if ids and experts is not None:
+                    choice["routed_experts"] = experts_of(experts)
             if whole:
                 body["constrained"] = constrained
             if not ids:
@@ -152,7 +175,7 @@ class Protocol:
         choice["message"].pop("tool_calls", None)
         choice["message"] |= read.message()
         extras = read.extras()
-        del extras["versions"]  # vLLM does not tell which token came from which weights
+        del extras["version"], extras["versions"]  # these are known elsewhere
         choice |= {"finish_reason": read.finish_reason, **extras}
 
     async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,7 +187,13 @@ class Protocol:
             return
         if mode is not None:
             scope = {**scope, "query_string": f"mode={mode}".encode()}
-        await self._app(scope, _replay(b"", receive), send)
+        self._pauses += 1
+        try:
+            await self._app(scope, _replay(b"", receive), send)
+        finally:
+            self._pauses -= 1
+            async with self._paused:
+                self._paused.notify_all()
 
     async def _finish(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The end of an update by ipc; its `weight_version` is the version from now on."""
@@ -173,7 +202,7 @@ class Protocol:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    self.version = int(json.loads(raw)["weight_version"])
+                    await self._spans.turn(int(json.loads(raw)["weight_version"]))
             await send(message)
 
         await self._app(scope, _replay(raw, receive), noting)
@@ -194,18 +223,24 @@ class Protocol:
         if not (Path(path) / "config.json").is_file():
             await _refuse(send, f"path: no checkpoint in {path!r}")
             return
-        engine = scope["app"].state.engine_client
+        async with self._loading:
+            async with self._paused:
+                await self._paused.wait_for(lambda: not self._pauses)
+            await self._replace(_engine_of(scope), path, version)
+        await _answer(send, 200, {"version": version})
+
+    async def _replace(self, engine: Any, path: str, version: int) -> None:
         paused = await engine.is_paused()
         if not paused:
             await engine.pause_generation(mode="wait")
         try:
             await engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
-            await engine.reset_prefix_cache()
+            # a reply that a pause has frozen is read again with the new weights
+            await engine.reset_prefix_cache(reset_running_requests=True)
+            await self._spans.turn(version)
         finally:
             if not paused:
                 await engine.resume_generation()
-        self.version = version
-        await _answer(send, 200, {"version": version})
 
 
 def translate(body: Json, tokenizer: Tokenizer, context: int, *, chat: bool) -> bool:
@@ -230,6 +265,21 @@ def translate(body: Json, tokenizer: Tokenizer, context: int, *, chat: bool) -> 
     for name in ("response_format", "ignore_eos"):
         body.pop(name, None)
     return True
+
+
+def experts_of(text: str) -> list[list[int]]:
+    """vLLM's `routed_experts`, base64 of a saved array (tokens − 1, layers, experts a token), as a
+    row of layers × experts for each token that was read: prompt and reply without the last."""
+    import numpy as np
+
+    rows = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    flat: list[list[int]] = rows.reshape(len(rows), -1).tolist()
+    return flat
+
+
+def _engine_of(scope: Scope) -> Any:
+    app = scope.get("app")
+    return None if app is None else app.state.engine_client
 
 
 def _grammar(body: Json, tokenizer: Tokenizer, chat: bool) -> str | None:

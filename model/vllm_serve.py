@@ -81,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the distribution that is sampled, or before temperature, top-k and top-p",
     )
     add(
+        "--routed-experts",
+        action="store_true",
+        help="replies with ids name the experts of each token (on a card; vLLM 0.26)",
+    )
+    add(
         "--vllm-option",
         action="append",
         default=[],
@@ -95,6 +100,7 @@ def serve(options: argparse.Namespace) -> int:
         config = check(options)
         found = find_vllm(os.environ, options.device)
         with _reserved(options.host, options.port) as port:
+            check_experts(options, found)
             command = command_of(options, config, found, port)
             environment = environment_of(options, found, os.environ)
             return _run(options, command, environment, port)
@@ -165,6 +171,15 @@ def find_vllm(environ: Mapping[str, str], device: str = "auto") -> Vllm:
     return Vllm(python, built_for, next(iter(versions.values())), _PLUGIN in points)
 
 
+def check_experts(options: argparse.Namespace, found: Vllm) -> None:
+    """Raises ModelError where vLLM would refuse to name experts, a minute later."""
+    if options.routed_experts and found.device == "cpu":
+        raise ModelError(
+            "--routed-experts: vLLM names experts on a card only (on the processor its model "
+            "runner has no place that records them); leave it out"
+        )
+
+
 def command_of(
     options: argparse.Namespace, config: ModelConfig, found: Vllm, port: int
 ) -> list[str]:
@@ -194,6 +209,8 @@ def command_of(
         command += ["--max-num-batched-tokens", str(prefill)]
     if options.eager:
         command.append("--enforce-eager")
+    if options.routed_experts:
+        command.append("--enable-return-routed-experts")
     if options.quiet:
         command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     if found.device == "cpu":

@@ -236,9 +236,6 @@ def _joined(parts: Sequence[Drawn]) -> Drawn:
                 versions.append((begin + at, end + at, version))
         at += len(part.ids)
     finish = parts[-1].finish
-    routed = None
-    if all(part.routed is not None for part in parts):
-        routed = tuple(row for part in parts for row in part.routed or ())
     return Drawn(
         ids,
         [value for part in parts for value in part.logprobs],
@@ -246,5 +243,22 @@ def _joined(parts: Sequence[Drawn]) -> Drawn:
         finish if finish in ("stop", "length") else "length",
         any(part.constrained for part in parts),
         parts[0].cached,
-        routed,
+        _joined_experts(parts),
     )
+
+
+def _joined_experts(parts: Sequence[Drawn]) -> tuple[tuple[int, ...], ...] | None:
+    """Each part's rows begin at or behind the prompt's first token and end before its own last
+    token. A later part has read the earlier tokens again: theirs are what they were drawn with."""
+    rows: tuple[tuple[int, ...], ...] | None = None
+    for part in parts:
+        if part.routed is None:
+            if part.ids:
+                return None
+            continue
+        new = len(part.ids)
+        if rows is None or len(part.routed) < new:
+            rows = part.routed  # nothing before, or a gap that only the last part can leave out
+        else:
+            rows += part.routed[len(part.routed) - new :]
+    return rows

@@ -33,6 +33,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.vllm_serve import find_vllm
 from rl.engine_http import HttpEngine
+from rl.pool import Pool
 from rl.weight_sync import WeightPush
 
 pytestmark = pytest.mark.real
@@ -382,6 +383,126 @@ def test_a_folder_that_is_no_checkpoint_leaves_the_weights(both: dict[str, Runni
     answer = httpx.post(f"{url}/load", json={"path": "/nowhere", "version": 9}, timeout=60)
     assert answer.status_code == 400 and "no checkpoint" in answer.json()["error"]["message"]
     assert httpx.post(f"{url}/load", json={"path": 5}, timeout=60).status_code == 400
+
+
+def test_a_reply_over_a_load_says_which_tokens_came_from_which_weights(
+    both: dict[str, Running], tiny: dict[str, Path]
+) -> None:
+    """One reply that is streamed, two of one request that are not; a load while they run."""
+    url, new = both["tiny"].url, 120
+    body = {"model": "a", "temperature": 0, "max_tokens": new, "ignore_eos": True}
+    body |= {"return_token_ids": True, "logprobs": 0}
+    prompts = [[3, 5, 7], [40 + i for i in range(30)], [9, 8, 7, 6]]
+    streamed: list[Any] = []
+    begun, frozen = threading.Event(), threading.Event()
+
+    def stream() -> None:
+        asked = body | {"prompt": prompts[0], "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    streamed.append((json.loads(line[6:])["choices"][0], frozen.is_set()))
+                if len(streamed) > 30:
+                    begun.set()
+
+    whole: list[Any] = []
+    asked = body | {"prompt": prompts[1:]}
+    threads = [
+        threading.Thread(
+            target=lambda: whole.extend(
+                httpx.post(f"{url}/v1/completions", json=asked, timeout=120).json()["choices"]
+            )
+        ),
+        threading.Thread(target=stream),
+    ]
+    with HttpEngine(url) as engine:
+        engine.load(tiny["a"], version=20)
+        for thread in threads:
+            thread.start()
+        assert begun.wait(60)
+        engine.pause("keep")
+        engine.load(tiny["b"], version=21)
+        time.sleep(0.2)  # what was sent before has been read
+        frozen.set()
+        engine.resume()
+        for thread in threads:
+            thread.join(60)
+        later = engine.submit(greedy(prompts[1], 4))
+        engine.load(tiny["a"], version=22)
+    last = streamed[-1][0]
+    early = sum(len(choice["token_ids"]) for choice, late in streamed if not late)
+    ids = [id for choice, _ in streamed for id in choice["token_ids"]]
+    logprobs = [v for choice, _ in streamed for v in choice["logprobs"]["token_logprobs"]]
+    assert last["versions"] == [[0, early, 20], [early, new, 21]] and last["version"] == 21
+    replies = [(prompts[0], ids, logprobs, last["versions"])]
+    for choice in whole:
+        values = choice["logprobs"]["token_logprobs"]
+        replies.append(
+            (choice["prompt_token_ids"], choice["token_ids"], values, choice["versions"])
+        )
+    assert [row[0] for row in replies] == prompts
+    for prompt, ids, logprobs, ((begin, cut, old), (at, end, late)) in replies:
+        assert (begin, old, at, end, late) == (0, 20, cut, new, 21) and 0 < cut < new
+        parts = [Generation(ids[:cut], logprobs[:cut], "length", False, 20)]
+        parts.append(Generation(ids[cut:], logprobs[cut:], "length", False, 21))
+        expected = [
+            *ours(tiny["a"], [prompt], cut),
+            *ours(tiny["b"], [prompt + ids[:cut]], new - cut),
+        ]
+        for part, whose in zip(parts, expected, strict=True):
+            assert_same([part], [whose])
+        elsewhere = ours(tiny["a"], [prompt + ids[: cut + 1]], 1)[0]
+        assert (
+            abs(elsewhere.logprobs[0] - logprobs[cut + 1]) > 1e-3
+            or elsewhere.ids[0] != ids[cut + 1]
+        )
+    assert later.versions == [(0, 4, 21)]
+    assert_same([later], ours(tiny["b"], [prompts[1]], 4))
+
+
+def test_the_gateway_records_what_vllm_read_and_drew(
+    both: dict[str, Running], tmp_path: Path
+) -> None:
+    url, episode = both["nano"].url, "g0-0.0"
+    command = [sys.executable, "-m", "rl.gateway", "--engine", url, "--model", str(NANO)]
+    command += ["--pool", str(tmp_path / "pool.db"), "--port", "0", "--quiet", "--auto-open"]
+    command += ["--port-file", str(tmp_path / "port.json"), "--seed", "5", "--exit-with-parent"]
+    with HttpEngine(url) as engine:
+        engine.load(NANO, version=11)
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        while not (tmp_path / "port.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        port = json.loads((tmp_path / "port.json").read_text())["port"]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=episode)
+        messages: list[Any] = list(HELLO)
+        for said in ("Now add 4 and 5.", "And 1 and 2."):
+            made = client.chat.completions.create(
+                model="nano", messages=messages, tools=[ADD], max_tokens=60
+            )
+            messages += [made.choices[0].message.model_dump(exclude_none=True)]
+            messages += [{"role": "user", "content": said}]
+    finally:
+        process.terminate()
+        process.wait(30)
+    with Pool(tmp_path / "pool.db", create=False) as pool:
+        first, second = pool.calls(episode)
+    asked = {"model": "nano", "messages": HELLO, "tools": [ADD], "max_tokens": 1}
+    whole = httpx.post(
+        f"{url}/v1/chat/completions", json=asked | {"return_token_ids": True}, timeout=60
+    ).json()
+    assert list(first.prompt_ids) == whole["choices"][0]["prompt_token_ids"]
+    assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+    for call in (first, second):
+        body = {"model": "nano", "prompt": list(call.prompt_ids), "max_tokens": 60, "logprobs": 0}
+        body |= {"temperature": 1, "seed": 5 + call.index, "return_token_ids": True}
+        (alone,) = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert list(call.response_ids) == alone["token_ids"]
+        assert call.logprobs == pytest.approx(
+            alone["logprobs"]["token_logprobs"], rel=1e-4, abs=1e-5
+        )
+        assert call.versions == ((0, len(call.response_ids), 11),) and not call.constrained
 
 
 def test_paused_requests_wait_for_resume(both: dict[str, Running]) -> None:
