@@ -125,7 +125,7 @@ class Spans:
         await asyncio.wait({reached, handler}, return_when=asyncio.FIRST_COMPLETED)
 
     def _turned(self, version: int) -> None:
-        for reply in self._running:
+        for reply in self._running if version != self.version else ():
             reply.starts.append((reply.count(), version))
         self.version = version
 

@@ -1,6 +1,8 @@
 """`--engine vllm` without vLLM: its command line, its refusals, the protocol, the chat template."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import socket
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jinja2.sandbox
+import numpy as np
 import pytest
 from serve_helpers import ADD, HELLO, tiny_model, tiny_tokenizer
 
@@ -24,7 +27,7 @@ from model.config import PRESETS
 from model.errors import ModelError
 from model.serve_types import ApiError
 from model.vllm_protocol import Protocol, translate
-from model.vllm_serve import Vllm, command_of, environment_of, find_vllm
+from model.vllm_serve import Vllm, check_experts, command_of, environment_of, find_vllm
 
 CPU = Vllm(Path("/env/bin/python"), "cpu", "0.32.0", registered=True)
 GPU = Vllm(Path("/env/bin/python"), "cuda", "0.26.0", registered=False)
@@ -81,6 +84,15 @@ def test_a_gpu_has_its_own_type_and_weights_by_ipc() -> None:
     paths = env["PYTHONPATH"].split(os.pathsep)
     assert paths[-1] == "/site" and (Path(paths[1]) / "selfevo_vllm-1.dist-info").is_dir()
     assert env["VLLM_SERVER_DEV_MODE"] == "1" and env["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+
+
+def test_experts_are_named_on_a_card_and_refused_on_the_processor() -> None:
+    found = options("--routed-experts")
+    check_experts(found, GPU)
+    assert "--enable-return-routed-experts" in command_of(found, PRESETS["nano"], GPU, 1)
+    assert "--enable-return-routed-experts" not in command_of(options(), PRESETS["nano"], GPU, 1)
+    with pytest.raises(ModelError, match="on a card only"):
+        check_experts(found, CPU)
 
 
 def test_without_control_nobody_can_change_the_weights() -> None:
@@ -305,6 +317,23 @@ def test_a_whole_answer_gets_our_fields(answer_of: Any) -> None:
     assert made["message"]["content"] == "yes" and made["message"]["reasoning_content"] == "so"
     assert made["constrained"] is False and made["version"] == 0
     assert made["prompt_token_ids"] == [1, 2]
+
+
+def test_experts_come_as_rows_beside_the_ids(answer_of: Any) -> None:
+    rows_TLk = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)
+    np.save(saved := io.BytesIO(), rows_TLk)
+    text = base64.b64encode(saved.getvalue()).decode()
+    choice = {"index": 0, "text": "a", "finish_reason": "stop", "token_ids": [4, 5]}
+    body = {"id": "1", "object": "text_completion", "usage": {}}
+    for ids, experts, found in [
+        (True, text, rows_TLk.reshape(4, 6).tolist()), (True, None, None), (False, text, None)
+    ]:  # fmt: skip
+        choices = [choice | {"routed_experts": experts}]
+        upstream = Upstream("application/json", [json.dumps(body | {"choices": choices}).encode()])
+        asked = json.dumps({"prompt": "b", "return_token_ids": ids}).encode()
+        (made,) = json.loads(answer_of(upstream, "/v1/completions", asked)[1])["choices"]
+        assert made.get("routed_experts") == found
+        assert ("routed_experts" in made) == (found is not None)
 
 
 def test_an_update_by_ipc_gives_replies_its_version(answer_of: Any) -> None:

@@ -268,13 +268,15 @@ def test_a_reply_that_a_pause_cut_off_goes_on_under_its_versions(both: Any, name
     def reply(body: Json) -> Json:
         begin, version = [(0, 1), (3, 1), (3, 1), (5, 2)][len(engine.bodies) - 1]
         end = [3, 3, 5, len(ids)][len(engine.bodies) - 1]
-        part = ids[begin:end]
+        part, turn = ids[begin:end], len(engine.bodies)
+        read = len(body["prompt"]) + len(part) - 1
         return answer(
             ids=part or [0],
             **({} if part else {"token_ids": []}),
             finish_reason="stop" if end == len(ids) else "abort",
             logprobs={"token_logprobs": [-0.25] * len(part)},
             versions=[[0, len(part), version]],
+            routed_experts=[[at, turn] for at in range(read)],
         )
 
     engine.reply = reply
@@ -285,6 +287,11 @@ def test_a_reply_that_a_pause_cut_off_goes_on_under_its_versions(both: Any, name
     assert record.versions == ((0, 5, 1), (5, len(ids), 2))
     assert engine.prompts()[-1] == [*engine.prompts()[0], *ids[:5]]
     assert engine.bodies[-1]["max_tokens"] == engine.bodies[0]["max_tokens"] - 5
+    assert record.routed_experts is not None  # each token's are those of the draw behind it
+    at, turn = zip(*record.routed_experts, strict=True)
+    prompt, new = len(record.prompt_ids), len(ids)
+    assert at == tuple(range(prompt + new - 1))
+    assert turn == (1,) * (prompt + 2) + (3,) * 2 + (4,) * (new - 5)
 
 
 def test_an_engine_that_fails_is_asked_again(both: Any, name: str) -> None:
