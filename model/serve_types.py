@@ -55,6 +55,14 @@ def refused(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code="unsupported_value")
 
 
+class RepetitionStop(BaseModel):
+    """Ours: the reply also ends (`repetition`) after `tokens` in a row, each likelier than
+    `probability`."""
+
+    tokens: int = Field(ge=1)
+    probability: float = Field(gt=0, lt=1)
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -73,6 +81,7 @@ class CommonRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    repetition_stop: RepetitionStop | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -325,6 +325,8 @@ class Service:
         if stops:
             stop = StopText(self.tokenizer, stops)
             constraint = stop if grammar is None else Both(grammar, stop)
+        asked = body.repetition_stop
+        repetition = None if asked is None else (asked.tokens, asked.probability)
         return GenRequest(
             prompt_ids=tuple(prompt),
             max_new_tokens=min(limit, room),
@@ -334,6 +336,7 @@ class Service:
             seed=_choice_seed(body.seed, index),
             stop_ids=frozenset([*ends, *(body.stop_token_ids or ())]),
             constraint=constraint,
+            repetition=repetition,
         )
 
     def _call_grammar(self, body: ChatRequest, choice: str) -> Constraint | None:

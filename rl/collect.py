@@ -98,14 +98,13 @@ class LocalSource:
             count = min(short, self._affordable(spent + made * size))
             if count < 1:
                 break
-            stop = config.rollout.repetition_stop
             rollout = run_local(
                 self._plan(step, range(made, made + count)),
                 self._env,
                 self._engine,
                 self._tokenizer,
                 self._check,
-                (stop.tokens, stop.probability),
+                config.repetition,
             )
             made += count
             generate_s += rollout.generate_s

@@ -277,7 +277,20 @@ class RunConfig(Strict):
             )
         if self.forge.sync == "ipc" and self.forge.engine != "vllm":
             raise ValueError("forge.sync ipc needs forge.engine vllm; use sync file")
+        if self.forge.mode == "async" and self.forge.engine == "vllm" and self.repetition:
+            raise ValueError(
+                f"rollout.repetition_stop: forge.engine vllm cannot end a reply after "
+                f"{self.repetition[0]} tokens in a row; use engine own, or set its tokens to "
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} or more, which turns it off"
+            )
         return self
+
+    @property
+    def repetition(self) -> tuple[int, float] | None:
+        """The repetition stop as requests have it; None where no reply is long enough for it."""
+        stop = self.rollout.repetition_stop
+        within = stop.tokens < self.rollout.max_new_tokens
+        return (stop.tokens, stop.probability) if within else None
 
     @property
     def groups_per_step(self) -> int:

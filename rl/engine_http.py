@@ -171,6 +171,9 @@ def wire(request: GenRequest) -> dict[str, Any]:
         body["top_k"] = request.top_k
     if request.seed is not None:
         body["seed"] = request.seed
+    if request.repetition is not None:
+        tokens, probability = request.repetition
+        body["repetition_stop"] = {"tokens": tokens, "probability": probability}
     return body
 
 
@@ -194,7 +197,7 @@ def generation(answer: Mapping[str, Any] | None, version: int, url: str) -> Gene
         ) from error
     if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
         raise InfraError(f"{url} gave {len(ids)} ids and {len(logprobs)} log-probs, or not finite")
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "repetition"):
         reason = "abort"  # ended by a pause
     return Generation(
         ids,

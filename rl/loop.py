@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import load_model
-from model.describe import describe
 from model.generate import Engine
 from model.tokenizer import Tokenizer
 from rl.checkpoints import fingerprint, resolve_checkpoint
 from rl.collect import Collected, LocalSource, PoolSource, Source
 from rl.config import RunConfig, dump_config
-from rl.device import peak_flops, pick_device, settle_threads
+from rl.device import pick_device, settle_threads
 from rl.errors import (
     CheckpointStateError,
     ConfigError,
@@ -32,6 +31,7 @@ from rl.errors import (
     exit_code_of,
 )
 from rl.learner import Learner
+from rl.mfu import mfu
 from rl.parts import Parts, PartsFactory
 from rl.pool import Pool
 from rl.run_dir import Row, RunDir, Status
@@ -206,17 +206,8 @@ class Loop:
         seconds, update_s = time.monotonic() - started, time.monotonic() - updating
         self.counts = self.counts.plus(got.episodes, seconds, got.attempts)
         row |= perf_metrics(got.episodes, seconds, got.generate_s, got.wall_s, update_s)
-        if (peak := peak_flops(self.engine.device)) is not None:
-            row["perf/mfu"] = self._flops(got) / update_s / peak
-        return row
-
-    def _flops(self, got: Collected) -> float:
-        """Of the updates of a step, forward and backward: every call as a row of its own."""
-        lengths = [len(c.prompt_ids) + len(c.response_ids) for e in got.learnt for c in e.calls]
-        if not lengths or self.config.objective == "expert_iteration":
-            return 0.0
-        each = describe(self.trainer.model.config, context=max(lengths)).flops_per_token
-        return 3.0 * each * sum(lengths) * self.config.optim.passes
+        model = self.trainer.model
+        return row | mfu(config, model.config, model.device, got.learnt, update_s)
 
     # ---------------------------------------------------------- state
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent_tools.paths import data_dir
-from agent_tools.sandbox import Limits, make_pool
+from agent_tools.sandbox import Limits
 from rl.config import RunConfig
 from rl.envs.mle.env import MleEnv, MleTaskset
 from rl.envs.mle.prompts import load_scaffold
 from rl.parts import Parts
-from rl.rollout import CachingPool
+from rl.scripts import script_pool
 
 
 @contextmanager
@@ -26,13 +26,6 @@ def mle_parts(config: RunConfig) -> Iterator[Parts]:
         config.suite, "dev", data_dir(), scaffold=scaffold, turns=config.rollout.turns
     )
     tasks = tuple(taskset.task(name) for name in config.competitions)
-    made = make_pool(
-        config.sandbox.kind,
-        config.sandbox.workers,
-        require_full_isolation=config.sandbox.require_full_isolation,
-    )
-    with CachingPool(made) as pool:
-        for missing in pool.missing:
-            print(f"sandbox: {missing}", flush=True)
+    with script_pool(config) as pool:
         env = MleEnv(pool, Limits(cpu_seconds=config.env.cpu_seconds), scaffold=scaffold)
-        yield Parts(tasks, env)
+        yield Parts(tasks, env, scripts=True)

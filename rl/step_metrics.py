@@ -93,10 +93,11 @@ def lag_metrics(episodes: Sequence[Episode], version: int) -> dict[str, float]:
 
 
 def window_metrics(window: Window[Any]) -> dict[str, float]:
-    """`window/*`: groups admitted since the head was, finished ones that the window holds back, and
-    slots in use."""
+    """`window/*`: groups taken since the head was admitted, those of them that lie beyond it,
+    finished ones that the window holds back, and slots in use."""
     return {
-        "window/head_age": float(window.next - window.head),
+        "window/head_age": float(window.head_age),
+        "window/overtaken": float(window.overtaken),
         "window/blocked_done": float(window.blocked_done),
         "window/inflight": float(window.active),
     }

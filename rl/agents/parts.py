@@ -26,4 +26,4 @@ def agent_parts(config: RunConfig) -> Iterator[AgentParts]:
         return
     with mle_parts(config) as parts:
         assert isinstance(parts.env, MleEnv)
-        yield AgentParts(parts.tasks, make_agent(config.agent, parts.env))
+        yield AgentParts(parts.tasks, make_agent(config.agent, parts.env), scripts=True)

@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rl.errors import InfraError
-from rl.forge.messages import Message, MessageError, decode, encode
+from rl.forge.messages import Message, MessageError, Ping, Pong, decode, encode
 
 TETHER = Path(__file__).with_name("tether.py")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 STOP_S = 5.0
+PULSE_S, PULSE_LIMIT_S = 2.0, 60.0
 _READ = 1 << 16
 
 
@@ -78,6 +79,7 @@ class Child:
         self._deaths = 0  # in a row
         self._not_before = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._pinged, self._ping = 0.0, 0  # when it was asked last; 0: it has answered
         self._in, self._out = bytearray(), bytearray()
 
     # ---------------------------------------------------------- life
@@ -122,6 +124,7 @@ class Child:
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
         self.ready, self.since = False, now
+        self._pinged, self._ping = now, 0
         self.starts += 1
         self._in.clear()
         self._out.clear()
@@ -195,6 +198,22 @@ class Child:
         return lines[-1].removeprefix("error: ") if lines else "it said nothing"
 
     # ---------------------------------------------------------- messages
+
+    def check_pulse(self, now: float) -> None:
+        """Ask a ready process for a sign of life; kill one that gives none for too long."""
+        if not self.ready or self._process is None:
+            return
+        if self._ping and now - self._pinged > PULSE_LIMIT_S:
+            print(f"{self.name} gives no sign of life; it is started again", file=sys.stderr)
+            self.kill()
+        elif not self._ping and now - self._pinged > PULSE_S:
+            self._pinged, self._ping = now, self.starts
+            self.send(Ping(self._ping))
+
+    def alive_by(self, pong: Pong) -> None:
+        """It answered."""
+        if pong.number == self._ping:
+            self._ping = 0
 
     def send(self, message: Message) -> None:
         """Queue a message; it goes out as the pipe has room."""

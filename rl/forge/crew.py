@@ -31,7 +31,8 @@ class _Attempt:
 
 
 class Crew:
-    """Attempts in flight. `servers` are what they need: engine and gateway."""
+    """Attempts in flight. `servers` are what they need: engine and gateway, and where the tasks
+    need scripts (`scripts`) the scorer."""
 
     def __init__(
         self,
@@ -40,11 +41,13 @@ class Crew:
         pool: Pool,
         workers: Sequence[Child],
         servers: tuple[Server, Server],
+        scorer: Child,
     ) -> None:
+        self.scripts = False
         self.tasks = TaskNames((), ())
         self.last_death = ""
         self._config, self._groups, self._pool = config, groups, pool
-        self._workers, self._servers = list(workers), servers
+        self._workers, self._servers, self._scorer = list(workers), servers, scorer
         self._attempts: dict[str, _Attempt] = {}
         self._retired: set[Child] = set()
 
@@ -59,7 +62,7 @@ class Crew:
             )
         if not ready.tasks:
             raise ConfigError("there are no tasks to train on; name competitions")
-        self.tasks = tasks
+        self.tasks, self.scripts = tasks, ready.scripts
         worker.up()
 
     def retire(self, worker: Child, retire: Retire) -> None:
@@ -100,6 +103,8 @@ class Crew:
         """Give waiting members to workers that have room, oldest group first."""
         if not self.tasks.ids or not all(server.ready for server in self._servers):
             return
+        if self.scripts and not self._scorer.ready:
+            return  # what runs waits for it; what begins would only lose time to its deadline
         load = {w: 0 for w in self._workers if w.ready and w not in self._retired}
         for known in self._attempts.values():
             if known.worker in load:

@@ -53,9 +53,10 @@ class GatewayControl:
         limits: Mapping[str, float],
         repeat: str,
         key: str,
+        repetition: tuple[int, float] | None = None,
     ) -> None:
         """From now on the episode's calls are answered: sampled so, within these limits, to whoever
-        has the key."""
+        has the key. `repetition`: as in `rl.gateway.settings`."""
         body = {
             "episode": episode,
             "group": group,
@@ -63,6 +64,7 @@ class GatewayControl:
                 "temperature": sampling.temperature,
                 "max_tokens": sampling.max_tokens,
                 "seed": sampling.seed,
+                "repetition": repetition,
             },
             "limits": dict(limits),
             "repeat": repeat,

@@ -1,4 +1,4 @@
-"""What goes through the pipes between the supervisor and its workers and trainer: JSON lines.
+"""What goes through the pipes between the supervisor and workers, scorer and trainer: JSON lines.
 
 One message a line, `{"<kind>": {fields}}`, for instance
 `{"run": {"group": 3, "member": 0, "attempt": 1, …}}`. A line that was cut off by a kill is no
@@ -48,11 +48,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a worker, once: ids and domains of its tasks, in order. From the trainer, once: where
-    its checkpoint stands; `row` is that step's, and `device` where it computes."""
+    """From a worker, once: ids and domains of its tasks, in order, and whether they need a scorer.
+    From the trainer, once: where its checkpoint stands; `row` is that step's, and `device` where it
+    computes. From the scorer, once its sandbox runs."""
 
     tasks: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    scripts: bool = False
     step: int = 0
     version: int = 0
     weights: str = ""
@@ -117,6 +119,22 @@ class Pushed:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """To the scorer: a sign of life is wanted."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Pong:
+    """From the scorer: jobs since its start, and how many of them equal ones had answered."""
+
+    number: int
+    jobs: int
+    hits: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """From any of them, last: an error that a restart would not mend, with its exit code."""
 
@@ -125,10 +143,10 @@ class Failed:
     row: dict[str, Any] | None = None
 
 
-Message = Run | Ended | Ready | Retire | Step | Stepped | Push | Pushed | Failed
+Message = Run | Ended | Ready | Retire | Step | Stepped | Push | Pushed | Ping | Pong | Failed
 _KINDS: dict[str, type[Message]] = {
     kind.__name__.lower(): kind
-    for kind in (Run, Ended, Ready, Retire, Step, Stepped, Push, Pushed, Failed)
+    for kind in (Run, Ended, Ready, Retire, Step, Stepped, Push, Pushed, Ping, Pong, Failed)
 }
 
 

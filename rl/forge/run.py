@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,14 @@ def _run(config: RunConfig, folder: RunDir, source: Path, check: Callable[[], No
         device = start.note.get("device", "")
         rows = _Rows(config, folder, start.rows, wandb)
         if not start.note.get("last", False):
-            supervisor = Supervisor(config, folder, source, start, on_row=rows.add, check=check)
+            supervisor = Supervisor(
+                config,
+                folder,
+                source,
+                start,
+                on_row=lambda row: rows.add(row, supervisor.crew.tasks.domains),
+                check=check,
+            )
             supervisor.run()
             device = supervisor.device
         folder.drop_trainer_state()
@@ -88,12 +95,12 @@ class _Rows:
     def __init__(self, config: RunConfig, folder: RunDir, kept: list[Row], wandb: WandbLog) -> None:
         self._config, self._folder, self._rows, self._wandb = config, folder, list(kept), wandb
 
-    def add(self, row: Row) -> None:
-        """DivergedError where the stop rule says so."""
+    def add(self, row: Row, domains: Sequence[str]) -> None:
+        """`domains` are those of the tasks. DivergedError where the stop rule says so."""
         self._rows.append(row)
         self._folder.append_row(row)
         self._wandb.log(row)
-        print(_line(row, self._config.budget.steps), flush=True)
+        print(_line(row, self._config.budget.steps, domains), flush=True)
         if reason := drift(self._rows, self._config.stop):
             raise DivergedError(reason)
 
@@ -141,9 +148,10 @@ def _announce(config: RunConfig, start: Start, source: Path) -> None:
     )
 
 
-def _line(row: Row, steps: int) -> str:
+def _line(row: Row, steps: int, domains: Sequence[str]) -> str:
+    rewards = {f"reward {name}": f"reward/{name}/mean" for name in dict.fromkeys(domains)}
     names = {
-        "reward": "reward/mle/mean",
+        **rewards,
         "entropy": "policy/entropy",
         "grad": "policy/grad_norm",
         "lag": "lag/mean",

@@ -33,6 +33,7 @@ from rl.forge.messages import (
     Ended,
     Failed,
     Message,
+    Pong,
     Push,
     Pushed,
     Ready,
@@ -43,6 +44,7 @@ from rl.forge.messages import (
 from rl.forge.places import GroupLog, Places, group_line
 from rl.forge.records import Verdict, judge
 from rl.forge.resume import Start, known_of
+from rl.forge.scorer_client import SCORER
 from rl.forge.servers import CONTROL_KEY, EngineControl, Server, engine_command, gateway_command
 from rl.pool import Pool
 from rl.run_dir import RunDir, write_atomic
@@ -96,19 +98,22 @@ class Supervisor:
         self._waiting_since = time.monotonic()
         self._sync_s = 0.0
         self._push_started, self._held = 0.0, 0
+        self._scored = (0, 0)  # jobs of the scorer, and how many were equal to earlier ones
         self._make_children()
 
     def _make_children(self) -> None:
         forge = self.config.forge
         key = {CONTROL_KEY: secrets.token_hex(16)}  # of this session: workers open episodes
+        scorer = {SCORER: f"selfevo-{secrets.token_hex(8)}/{secrets.token_hex(16)}"}
         self._engine_version = self.version
         self.engine = self._server("engine", "/health", {})
         self.gateway = self._server("gateway", "/healthz", key)
         self.trainer = self._piped("trainer", {})
-        self.workers = [self._piped(f"worker-{n}", key) for n in range(forge.workers)]
+        self.scorer = self._piped("scorer", scorer)  # started when a worker says what it is for
+        self.workers = [self._piped(f"worker-{n}", key | scorer) for n in range(forge.workers)]
         self.children: list[Child] = [self.engine, self.gateway, self.trainer, *self.workers]
         servers = (self.engine, self.gateway)
-        self.crew = Crew(self.config, self.groups, self.pool, self.workers, servers)
+        self.crew = Crew(self.config, self.groups, self.pool, self.workers, servers, self.scorer)
         self._engine_control = EngineControl(forge.sync_timeout_s)
 
     def _server(self, name: str, health: str, environment: dict[str, str]) -> Server:
@@ -160,7 +165,7 @@ class Supervisor:
     def close(self) -> None:
         """End every child."""
         for child in self.children:
-            child.kill() if child is not self.engine else None
+            child.kill() if child not in (self.engine, self.scorer) else None
         for child in self.children:
             child.stop()
         self._note_pids()
@@ -190,7 +195,7 @@ class Supervisor:
                 self._load()
         if not self.gateway.ready and self.gateway.probe(now):
             self.gateway.up()
-        for child in (self.trainer, *self.workers):
+        for child in (self.trainer, self.scorer, *self.workers):
             late = now - child.since > self.config.forge.start_timeout_s
             if not child.ready and child.pid is not None and late:
                 child.kill()
@@ -225,6 +230,7 @@ class Supervisor:
     def _expire(self, now: float) -> None:
         """Kill what takes too long: a worker's attempt, a trainer's step."""
         self.crew.expire(now)
+        self.scorer.check_pulse(now)
         if self._sent and now - self._waiting_since > self.config.forge.step_timeout_s:
             print(f"step {self._sent.step} takes too long; the trainer is started again")
             self._waiting_since = now
@@ -237,8 +243,15 @@ class Supervisor:
             self._fail(child, message)
         elif isinstance(message, Ready) and child is self.trainer:
             self._trainer_ready(message)
+        elif isinstance(message, Ready) and child is self.scorer:
+            child.up()
         elif isinstance(message, Ready):
             self.crew.ready(child, message)
+            if self.crew.scripts and self.scorer not in self.children:
+                self.children = [*self.children, self.scorer]
+        elif isinstance(message, Pong):
+            child.alive_by(message)
+            self._scored = (message.jobs, message.hits)
         elif isinstance(message, Ended):
             self.crew.ended(message)
         elif isinstance(message, Retire):
@@ -291,6 +304,9 @@ class Supervisor:
             "group/failed": float(self._failed),
             **window_metrics(self.window),
         }
+        if self.crew.scripts:
+            jobs, hits = self._scored
+            metrics |= {"scorer/jobs": float(jobs), "scorer/hit_frac": hits / max(jobs, 1)}
         self._sent = Step(
             step=step,
             groups=tuple(group.episodes for group in self._batch),

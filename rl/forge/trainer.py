@@ -40,6 +40,7 @@ from rl.forge.places import Places, group_line
 from rl.forge.records import TaskNames, episode_of, group_records
 from rl.forge.replay import ReplayedPacks
 from rl.learner import Learner
+from rl.mfu import mfu
 from rl.pool import Pool, StepRecord
 from rl.run_dir import RunDir
 from rl.step_metrics import Counts, perf_metrics, rollout_metrics
@@ -134,11 +135,14 @@ class TrainerProcess:
         row["routing/recorded_frac"] = self._replay.remember(
             call for e in trained for call in e.calls
         )
+        updating = time.monotonic()
         row |= self.learner.learn(message.step, trained, message.last)
         self.trainer.check_alive(
             list({e.task: e.calls[0].prompt_ids for e in trained if e.calls}.values())
         )
-        update_s = time.monotonic() - started
+        model, now = self.trainer.model, time.monotonic()
+        row |= mfu(config, model.config, model.device, trained, now - updating)
+        update_s = now - started
         wait_s, sync_s = message.metrics["perf/wait_batch_s"], message.metrics["perf/sync_s"]
         seconds = wait_s + update_s + sync_s
         self.counts = self.counts.plus(everything, seconds, len(everything))

@@ -32,6 +32,7 @@ from rl.forge.gateway_client import (
 from rl.forge.messages import Ended, Message, Ready, Retire, Run
 from rl.forge.pipe import Pipe
 from rl.forge.places import Places
+from rl.forge.scorer_client import SCORER
 from rl.forge.servers import CONTROL_KEY
 from rl.parts import AgentParts, AnyPartsFactory
 from rl.pool import Pool
@@ -149,6 +150,7 @@ class Worker:
                 limits=limits_of(config),
                 repeat=config.forge.repeat,
                 key=key,
+                repetition=config.repetition,
             )
             reward = self._agent.run(
                 task, f"{run.gateway}/e/{run.episode}/v1", key, config.forge.deadline_s
@@ -225,11 +227,13 @@ def main(argv: Sequence[str]) -> int:
         return pipe.fail(error)
     try:
         with factory(config) as parts:
+            os.environ.pop(SCORER, None)
             agent = parts.agent if isinstance(parts, AgentParts) else EnvAgent(parts.env)
             worker = Worker(config, pool, pipe, parts.tasks, agent, key)
             threading.Thread(target=worker.watch, name="deadlines", daemon=True).start()
             ids = tuple(task.id for task in parts.tasks)
-            pipe.send(Ready(ids, tuple(task.domain for task in parts.tasks)))
+            domains = tuple(task.domain for task in parts.tasks)
+            pipe.send(Ready(ids, domains, parts.scripts))
             pipe.leave_at_end(worker.handle)
     except (UserError, InfraError) as error:
         return pipe.fail(error)

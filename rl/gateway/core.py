@@ -253,7 +253,9 @@ class Gateway:
         started = time.time()
         try:
             drawn = await self.engine.draw(
-                prompt.ids, Draw(most, sampling.temperature, seed, ask.stops), episode.deadline
+                prompt.ids,
+                Draw(most, sampling.temperature, seed, ask.stops, sampling.repetition),
+                episode.deadline,
             )
         except GatewayError as error:
             if error.status >= 500:

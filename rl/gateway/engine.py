@@ -16,7 +16,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -26,6 +26,7 @@ from rl.gateway.http_client import ConnectionLostError, HttpClient, Response
 from rl.gateway.types import Drawn, GatewayError
 
 REPLY_S = 3600.0
+ENDS = ("stop", "length", "repetition")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 
 
@@ -37,6 +38,7 @@ class Draw:
     temperature: float
     seed: int | None
     stops: tuple[str, ...] = ()
+    repetition: tuple[int, float] | None = None
 
 
 class Engine:
@@ -86,7 +88,7 @@ class Engine:
     async def draw(self, prompt: array[int], draw: Draw, until: float) -> Drawn:
         """One reply. `until` is a `time.monotonic()`. GatewayError when there is none."""
         first = await self._once(prompt, draw, until)
-        if first.finish in ("stop", "length"):
+        if first.finish in ENDS:
             return first
         parts = [first]
         for turn in itertools.count(1):
@@ -98,9 +100,9 @@ class Engine:
             if not parts[-1].ids:
                 await asyncio.sleep(_FIRST_WAIT_S)
             seed = None if draw.seed is None else draw.seed + (turn << 32)
-            more = Draw(left, draw.temperature, seed, draw.stops)
+            more = replace(draw, max_tokens=left, seed=seed)
             parts.append(await self._once(prompt + array("i", ids), more, until))
-            if parts[-1].finish in ("stop", "length"):
+            if parts[-1].finish in ENDS:
                 break
         return _joined(parts)
 
@@ -158,6 +160,9 @@ class Engine:
             body["seed"] = draw.seed & (2**63 - 1)
         if draw.stops:
             body["stop"] = list(draw.stops)
+        if draw.repetition is not None:
+            tokens, probability = draw.repetition
+            body["repetition_stop"] = {"tokens": tokens, "probability": probability}
         return orjson.dumps(body)
 
     def close(self) -> None:
@@ -197,7 +202,7 @@ def read(body: bytes, tokenizer_hash: str) -> Drawn:
         raise GatewayError(
             502, f"the engine's ids are of tokenizer {theirs[:12]}", "unknown_tokenizer"
         )
-    if finish not in ("stop", "length"):
+    if finish not in ENDS:
         finish = "abort"  # ended by a pause
     constrained = bool(choice.get("constrained"))
     return Drawn(ids, logprobs, versions, finish, constrained, cached, experts)
@@ -240,7 +245,7 @@ def _joined(parts: Sequence[Drawn]) -> Drawn:
         ids,
         [value for part in parts for value in part.logprobs],
         tuple(versions),
-        finish if finish in ("stop", "length") else "length",
+        finish if finish in ENDS else "length",
         any(part.constrained for part in parts),
         parts[0].cached,
         _joined_experts(parts),

@@ -15,12 +15,14 @@ Repeat = Literal["join", "sample"]
 
 @dataclass(frozen=True)
 class EpisodeSampling:
-    """`max_tokens` is a call's upper bound. `seed` None draws without one. Raises ValueError."""
+    """`max_tokens` is a call's upper bound. `seed` None draws without one. `repetition` (n, p) ends
+    a reply after n tokens in a row that were each likelier than p. Raises ValueError."""
 
     temperature: float = 1.0
     max_tokens: int = 1024
     seed: int | None = None
     on_conflict: OnConflict = "refuse"
+    repetition: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         if not _number(self.temperature) or not 0 <= self.temperature <= 100:
@@ -28,6 +30,8 @@ class EpisodeSampling:
         _positive("max_tokens", self.max_tokens)
         if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
             raise ValueError("seed: expected a whole number from 0 on")
+        if self.repetition is not None:
+            object.__setattr__(self, "repetition", _repetition(self.repetition))
         if self.on_conflict not in ("refuse", "override"):
             raise ValueError('on_conflict: use "refuse" or "override"')
 
@@ -71,6 +75,16 @@ def only(given: Mapping[str, Any], known: Iterable[str], where: str = "") -> Non
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise refused(f"{where}{unknown[0]}", f"unknown; use {', '.join(sorted(known))}")
+
+
+def _repetition(value: Any) -> tuple[int, float]:
+    """A pair, also as JSON's list."""
+    if not isinstance(value, list | tuple) or len(value) != 2 or not _number(value[1]):
+        raise ValueError("repetition: expected [tokens, probability]")
+    _positive("repetition", value[0])
+    if not 0 < value[1] < 1:
+        raise ValueError("repetition: expected a probability between 0 and 1")
+    return value[0], value[1]
 
 
 def _positive(name: str, value: Any) -> None:

@@ -50,7 +50,8 @@ class Ask:
 @dataclass(frozen=True)
 class Drawn:
     """What an engine sampled: `ids` with one log-prob each (nan where it gave no number), spans
-    `(begin, end, version)`, why it ended (`stop` or `length`), prompt tokens from its cache."""
+    `(begin, end, version)`, why it ended (`stop`, `length` or `repetition`), prompt tokens from its
+    cache."""
 
     ids: list[int]
     logprobs: list[float]
@@ -79,8 +80,13 @@ class Answer:
 
     @property
     def finish(self) -> str:
-        """`stop`, `length` or `tool_calls`."""
-        return "tool_calls" if self.reply.tool_calls else self.drawn.finish
+        """`stop`, `length` or `tool_calls`: the words that clients know."""
+        return "tool_calls" if self.reply.tool_calls else self.cut
+
+    @property
+    def cut(self) -> str:
+        """`stop` or `length`."""
+        return "length" if self.drawn.finish == "repetition" else self.drawn.finish
 
 
 class Dialect(Protocol):

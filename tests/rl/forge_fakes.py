@@ -13,18 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from agent_tools.sandbox import ScriptJob, ScriptPool
 from rl.config import RunConfig
 from rl.parts import Parts
+from rl.scripts import script_pool
 from rl.types import ChatClient, Episode, RewardRecord, ScriptOutcome, Task
 
 TASKS = ("tweet-sentiment", "diamonds-price")
 
 
 class SeedEnv:
-    """Reward = a number that the seed gives, 0 … 1; `turns` calls an episode."""
+    """Reward = a number that the seed gives, 0 … 1; `turns` calls an episode. With a pool it is a
+    script that says the number."""
 
-    def __init__(self, turns: int) -> None:
-        self._turns = turns
+    def __init__(self, turns: int, pool: ScriptPool | None = None) -> None:
+        self._turns, self._pool = turns, pool
         self._faults = set(os.environ.get("FORGE_FAULTS", "").split(","))
         self._pause_s = float(os.environ.get("FORGE_PAUSE_S", "0"))
 
@@ -50,6 +53,13 @@ class SeedEnv:
                 {"role": "user", "content": f"score {reward:.2f}"},
             ]
         failed = "fail-all" in self._faults or "fail" in kinds
+        if self._pool is not None:
+            reward = round(reward, 1)  # so that many scripts are equal
+            code = f"import time; time.sleep({self._pause_s}); print({reward})"
+            result = self._pool.submit(
+                ScriptJob(code, Path(os.environ["FORGE_INPUTS"]), ())
+            ).result(120)
+            failed = failed or result.stdout != f"{reward}\n"
         script = ScriptOutcome(
             reply.text, "infra" if failed else "ok", not failed, reward, 100 * reward
         )
@@ -60,8 +70,18 @@ class SeedEnv:
 @contextmanager
 def seed_parts(config: RunConfig) -> Iterator[Parts]:
     """Two tasks with different prompts."""
-    tasks = tuple(
+    yield Parts(_tasks(), SeedEnv(config.rollout.turns))
+
+
+@contextmanager
+def script_parts(config: RunConfig) -> Iterator[Parts]:
+    """The same, graded by scripts."""
+    with script_pool(config) as pool:
+        yield Parts(_tasks(), SeedEnv(config.rollout.turns, pool), scripts=True)
+
+
+def _tasks() -> tuple[Task, ...]:
+    return tuple(
         Task(name, ({"role": "user", "content": f"task {name}"},), Path(), "train")
         for name in TASKS
     )
-    yield Parts(tasks, SeedEnv(config.rollout.turns))

@@ -26,7 +26,7 @@ from rl.window import Frontier, lag_bound, window_size
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-VICTIMS = ("engine", "gateway", "trainer", "worker", "supervisor")
+VICTIMS = ("engine", "gateway", "trainer", "worker", "scorer", "supervisor")
 
 
 def run_config(checkpoint: Path, **changes: Any) -> RunConfig:
@@ -74,8 +74,11 @@ class Session:
         self.path.mkdir(parents=True, exist_ok=True)
         run_file = self.path / "run.yaml"
         run_file.write_text(dump_config(self.config))
+        inputs = self.path / "inputs"
+        inputs.mkdir(exist_ok=True)
         paths = os.pathsep.join([str(ROOT), str(HERE)])
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | self.environment
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        environment |= {"FORGE_INPUTS": str(inputs.absolute())} | self.environment
         command = [sys.executable, "-m", "rl.train", str(run_file), "--resume", "--run-dir"]
         if self.limit_file_bytes is not None:
             command = ["prlimit", f"--fsize={self.limit_file_bytes}", *command]

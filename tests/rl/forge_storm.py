@@ -1,9 +1,10 @@
 """A storm of kills over asynchronous runs: `python -m tests.rl.forge_storm --kills 100 [--seed 0]`
 
-Real runs (engine, gateway, trainer, worker and supervisor as processes) in all three orders; at
-random times one of the processes gets SIGKILL. Every run must end right (`forge_runs.violations`),
-and after the death of a supervisor no process may be left. Prints a table and, last, one JSON
-object. Exit code 1 where anything is wrong.
+Real runs (engine, gateway, trainer, workers, scorer and supervisor as processes) in all three
+orders, graded by scripts in a real sandbox; at random times one of the processes gets SIGKILL.
+Every run must end right (`forge_runs.violations`), no episode may be an `env_error`, and after the
+death of a supervisor no process may be left. Prints a table and, last, one JSON object. Exit code 1
+where anything is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from forge_runs import VICTIMS, Session, orphans, run_config, violations
 from rl_fakes import tiny_checkpoint
+
+from rl.forge.places import Places
+from rl.pool import Pool
 
 KILLS_A_RUN = 10
 LONGEST_PAUSE_S = 3.0
@@ -60,6 +64,7 @@ class Storm:
             checkpoint_every=1 + number % 2,
             forge={
                 "order": order,
+                "parts": "forge_fakes:script_parts",
                 "window_share": 0.5,
                 "workers": 2,
                 "zero_variance": "keep" if number % 3 == 0 else "drop",
@@ -77,6 +82,7 @@ class Storm:
             left -= 1
         code = session.wait(300)
         problems = violations(session) if code == 0 else [f"exit code {code}: {session.log()}"]
+        problems += failed_episodes(session) if code == 0 else []
         self.problems += [f"run {number} ({order}): {problem}" for problem in problems]
         for name, seconds in READY.findall(session.log()):
             self.ready_s[name].append(float(seconds))
@@ -108,6 +114,13 @@ class Storm:
                 used = psutil.Process(pid).memory_info().rss / 2**20
                 kind = name.partition("-")[0]
                 self.memory_mb[kind] = max(self.memory_mb.get(kind, 0.0), used)
+
+
+def failed_episodes(session: Session) -> list[str]:
+    """Episodes whose script did not say what it says: a death of the scorer must not show."""
+    with Pool(Places(session.run_dir).pool_of(session.config), create=False) as pool:
+        wrong = [reward.episode for reward in pool.rewards() if reward.status == "env_error"]
+    return [f"episodes {wrong} failed"] if wrong else []
 
 
 def main() -> int:

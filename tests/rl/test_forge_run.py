@@ -66,18 +66,21 @@ def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
 
 
 def test_killed_again_and_again_a_run_ends_right(start: Path, tmp_path: Path) -> None:
-    """A worker, the trainer, then the supervisor; the order is strict, so what is consumed when is
-    known."""
+    """A worker, the trainer, the scorer, then the supervisor; the order is strict, so what is
+    consumed when is known."""
     config = run_config(
         start,
         budget={"steps": 5},
         checkpoint_every=2,
-        forge={"order": "fifo", "zero_variance": "keep"},
+        sandbox={"kind": "process", "workers": 1},
+        forge={"order": "fifo", "zero_variance": "keep", "parts": "forge_fakes:script_parts"},
     )
     session = Session(tmp_path, config, {"FORGE_PAUSE_S": "0.3"})
     session.start()
     session.wait_step(1)
     assert session.kill("worker") and session.kill("trainer")
+    session.wait_step(2)
+    assert session.kill("scorer")
     session.wait_step(3)
     session.kill("supervisor")
     assert not orphans(session.run_dir)
@@ -86,6 +89,9 @@ def test_killed_again_and_again_a_run_ends_right(start: Path, tmp_path: Path) ->
     assert session.wait() == 0, session.log()
     assert violations(session) == []
     assert "resumed after step" in session.log() and done < 5
+    assert session.log().count("scorer is ready") >= 3
+    with Pool(Places(session.run_dir).pool_of(config)) as pool:
+        assert {reward.status for reward in pool.rewards()} == {"done"}
     assert session.run() == 0 and "is done: 5 steps" in session.log()
 
 

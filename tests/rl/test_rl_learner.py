@@ -426,7 +426,8 @@ def test_window_figures() -> None:
         window.finish(index, "x")
     window.take()
     assert window_metrics(window) == {
-        "window/head_age": 8.0, "window/blocked_done": 2.0, "window/inflight": 8.0,
+        "window/head_age": 1.0, "window/overtaken": 1.0,
+        "window/blocked_done": 2.0, "window/inflight": 8.0,
     }  # fmt: skip
 
 

@@ -44,12 +44,12 @@ class Completions(OpenAIErrors):
         return prompt
 
     def whole(self, ask: Ask, answer: Answer) -> Json:
-        return self._body(ask, answer, answer.text, answer.drawn.finish) | {"usage": usage(answer)}
+        return self._body(ask, answer, answer.text, answer.cut) | {"usage": usage(answer)}
 
     def events(self, ask: Ask, answer: Answer) -> Iterable[bytes]:
         for piece in reading.pieces(answer.text):
             yield event(self._body(ask, answer, piece, None))
-        yield event(self._body(ask, answer, "", answer.drawn.finish))
+        yield event(self._body(ask, answer, "", answer.cut))
         if (ask.body.get("stream_options") or {}).get("include_usage"):
             yield event(self._head(ask, answer) | {"choices": [], "usage": usage(answer)})
         yield DONE
