@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +100,21 @@ def test_echo_scores_the_prompt_as_training_does(served: Served, new: int) -> No
         assert top[token] == pytest.approx(own, abs=1e-4) and len(top) in (1, 2, 3)
         assert max(top.values()) >= own - 1e-4
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
+
+
+def test_a_reply_ends_after_tokens_in_a_row_that_were_all_too_likely(served: Served) -> None:
+    ask: dict[str, Any] = {"prompt": [20, 30], "max_tokens": 30, "temperature": 0.001, "seed": 1}
+    ask |= {"ignore_eos": True, "return_token_ids": True, "logprobs": 0}
+    [free] = complete(served, **ask)["choices"]
+    assert free["finish_reason"] == "length"
+    stop = {"tokens": 5, "probability": 0.5}
+    [cut] = complete(served, **ask, repetition_stop=stop)["choices"]
+    sure = [value > math.log(0.5) for value in free["logprobs"]["token_logprobs"]]
+    first = next(end for end in range(5, 31) if all(sure[end - 5 : end]))
+    assert cut["finish_reason"] == "repetition" and cut["token_ids"] == free["token_ids"][:first]
+    for wrong in ({"tokens": 0, "probability": 0.5}, {"tokens": 5, "probability": 1}, [5, 0.5]):
+        body = ask | {"repetition_stop": wrong}
+        assert served.http.post(f"{served.url}/v1/completions", json=body).status_code in (400, 422)
 
 
 def test_the_stock_client_reads_it(served: Served) -> None:

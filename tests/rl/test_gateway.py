@@ -54,6 +54,23 @@ def test_a_record_holds_the_ids_that_went_in_and_came_out(both: Any, name: str) 
     assert record.t_start <= record.t_end and record.finish_reason == "stop"
 
 
+def test_a_reply_that_repeats_itself_is_cut_by_the_run_and_says_so_in_the_record_only(
+    both: Any, name: str
+) -> None:
+    """Clients know `length`; the word `repetition` is the trainer's."""
+    engine, running = both
+    engine.reply = lambda body: answer(finish_reason="repetition")
+    url = running.open(name, sampling={"repetition": [30, 0.9]})
+    assert running.open(name, sampling={"repetition": [30, 0.9]}) == url
+    chat = client(url).chat.completions.create(model="m", messages=HELLO)
+    text = client(url).completions.create(model="m", prompt="a b")
+    assert chat.choices[0].finish_reason == text.choices[0].finish_reason == "length"
+    asked = {"tokens": 30, "probability": 0.9}
+    assert [body["repetition_stop"] for body in engine.bodies] == [asked, asked]
+    with running.pool() as pool:
+        assert [call.finish_reason for call in pool.calls(name)] == ["repetition"] * 2
+
+
 def _chat(url: str) -> list[Any]:
     """Three calls of one conversation, without thinking and with rewritten JSON: how each ended."""
     c = client(url)

@@ -180,6 +180,9 @@ def test_strangers_are_told_what_to_do(both: Any) -> None:
         {"episode": "a", "group": "3"},
         {"episode": "a", "sampling": {"temperature": -1}},
         {"episode": "a", "sampling": {"heat": 1}},
+        {"episode": "a", "sampling": {"repetition": [3]}},
+        {"episode": "a", "sampling": {"repetition": [0, 0.5]}},
+        {"episode": "a", "sampling": {"repetition": [3, 1.0]}},
         {"episode": "a", "limits": {"calls": 0}},
         {"episode": "a", "colour": 1},
     ):

@@ -60,6 +60,8 @@ def test_resolved_file_reads_back_equal(tmp_path: Path) -> None:
         ("rollout: {max_new_tokens: 300}", "budget.tokens_per_script"),
         ("env: {cpu_seconds: 9}", "budget.cpu_seconds_per_script"),
         ("rollout: {group_size: 7}", "not a multiple"),
+        ("rollout: {repetition_stop: {tokens: 255}}\nforge: {mode: async, engine: vllm}",
+         "rollout.repetition_stop: forge.engine vllm cannot end a reply after 255 tokens"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_in_one_line(
