@@ -169,6 +169,12 @@ def test_a_server_without_control_says_how_to_start_it(server: Served) -> None:
         engine.pause()
 
 
+def test_a_repetition_stop_goes_along() -> None:
+    body = wire(replace(REQUEST, repetition=(5, 0.9)))
+    assert body["repetition_stop"] == {"tokens": 5, "probability": 0.9}
+    assert "repetition_stop" not in wire(REQUEST)
+
+
 def test_a_constraint_stays_at_home() -> None:
     with pytest.raises(ConfigError, match="cannot go over HTTP"):
         wire(replace(REQUEST, constraint=object()))  # type: ignore[arg-type]

@@ -296,6 +296,7 @@ def test_a_run_file_names_its_agent_and_tasks(tasks: Path) -> None:
             assert [task.id for task in parts.tasks] == ids
             assert {task.split for task in parts.tasks} <= {"dev", "train"}
             assert type(parts.agent) is kind
+            assert parts.scripts == (kind is not CommandAgent)
 
 
 def test_tasks_of_ones_own(tasks: Path) -> None:

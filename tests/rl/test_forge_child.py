@@ -163,11 +163,11 @@ def test_a_worker_process_ends_with_its_standard_input() -> None:
     child.stdout.close()
 
 
-def test_supervisor_and_workers_have_no_torch() -> None:
+def test_supervisor_workers_and_scorer_have_no_torch() -> None:
     """Each would cost 200 MB and seconds at every restart."""
     code = """
 import sys
-import rl.forge.run, rl.forge.worker, rl.mle_parts
+import rl.forge.run, rl.forge.scorer, rl.forge.worker, rl.mle_parts
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

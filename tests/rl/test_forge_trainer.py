@@ -111,9 +111,10 @@ def learned(stepped: Stepped) -> dict[str, object]:
 
 
 def test_a_step_done_again_is_the_same_step(
-    run_dir: Path, config: RunConfig, tmp_path: Path
+    run_dir: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before its checkpoint, nothing of it is there; killed after, it is told."""
+    monkeypatch.setattr("rl.mfu.peak_flops", lambda device: 1e12)
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     first = TrainerProcess(config, Places(run_dir))
@@ -121,6 +122,7 @@ def test_a_step_done_again_is_the_same_step(
     again = TrainerProcess(config, Places(other))
     once = again.step(step_of(1, 0, 1))
     assert learned(once) == learned(stepped[0])
+    assert 0 < once.row["perf/mfu"] < 1 and once.row["perf/update_s"] > 0
     killed = TrainerProcess(config, Places(other))  # after the checkpoint of step 1
     ready = killed.ready()
     assert (ready.step, ready.version, ready.row) == (1, once.version, once.row)
