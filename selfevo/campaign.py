@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from selfevo.config import (
     load_lab_config,
 )
 from selfevo.events import Actor, Event
+from selfevo.installed import version_of
 from selfevo.lab import campaign_folder, next_name, parse_lab
 from selfevo.llm import Endpoint
 from selfevo.preflight import check_machine, check_sandbox, suite_version
@@ -387,5 +387,5 @@ def _versions() -> dict[str, str]:
     names = ("selfevo", "langgraph", "wandb", "openai")
     found = {"python": platform.python_version()}
     for name in names:
-        found[name] = version(name)
+        found[name] = version_of(name)
     return found

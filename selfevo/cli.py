@@ -57,12 +57,19 @@ def init(
             "--require-full-isolation", help="run no script where a protection is missing"
         ),
     ] = False,
+    rollouts: Annotated[
+        str | None,
+        typer.Option("--async", help="own | vllm: jobs generate while they train"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a lab: a git repository of configs, prompts, skills and memory."""
+    from selfevo.asynchronous import ENGINES
     from selfevo.lab import init_lab
 
-    repo = init_lab(lab, healthy=healthy, full_isolation=full_isolation)
+    choose("--async", rollouts, ENGINES)
+    engine = next((name for name in ENGINES if name == rollouts), None)
+    repo = init_lab(lab, healthy=healthy, full_isolation=full_isolation, rollouts=engine)
     commit = repo.head().commit
     if as_json:
         out({"lab": str(lab.absolute()), "commit": commit, "healthy": healthy})

@@ -59,10 +59,16 @@ CHECKS = (
     Check("port", checks.port, "bring the loopback interface up: `ip link set lo up`"),
     Check("model", checks.model, checks.MODEL_REPAIR, needs=("disk",)),
     Check(
+        "engine",
+        checks.engine,
+        "run `make setup-vllm`, or set forge.engine to own in configs/train.yaml",
+        needs=("torch",),
+    ),
+    Check(
         "trainer",
         checks.trainer,
         "see the message; `python -m rl.train RUN.yaml --dry-run` checks a configuration",
-        needs=("disk", "torch", "data", "sandbox"),
+        needs=("disk", "torch", "data", "sandbox", "engine"),
     ),
 )
 

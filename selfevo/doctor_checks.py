@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from agent_tools.errors import InfraError, UserError
 from selfevo.arms import FULL_ISOLATION, Commands
 from selfevo.config import TRAIN_CONFIG, BudgetSection
+from selfevo.installed import requirements
 
 FREE_BYTES = 500_000_000  # a campaign of two rounds keeps about six checkpoints of 20 MB
 PROBE_BYTES = 4_000_000
@@ -180,7 +180,7 @@ def torch(bench: Bench) -> str:
 
 
 def _oldest_torch() -> tuple[int, ...]:
-    for line in requires("selfevo") or []:
+    for line in requirements():
         found = re.match(r"torch>=(\d+)\.(\d+)", line.replace(" ", ""))
         if found:
             return tuple(int(n) for n in found.groups())
@@ -188,13 +188,19 @@ def _oldest_torch() -> tuple[int, ...]:
 
 
 def environments(bench: Bench) -> str:
-    """The Pythons of policy scripts and of data preparation start, and the first has its three."""
+    """The Pythons of policy scripts and of data preparation start, and the first has its three.
+
+    Where the data is prepared already, nothing is missed without the second.
+    """
     from agent_tools.paths import prepare_python, script_python
 
-    jobs = (
-        (script_python(), "import numpy, pandas, sklearn", ".venv-script"),
-        (prepare_python(), "pass", ".venv-prepare"),
-    )
+    jobs = [(script_python(), "import numpy, pandas, sklearn", ".venv-script")]
+    what = "script and prepare environments start"
+    try:
+        jobs.append((prepare_python(), "pass", ".venv-prepare"))
+    except UserError:
+        data(bench)
+        what = "the script environment starts; none for preparing data, which is there"
     for python, code, folder in jobs:
         repair = f"`rm -rf {folder}`, then `make setup`"
         try:
@@ -210,7 +216,7 @@ def environments(bench: Bench) -> str:
         if done.returncode:
             fault = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise FaultError(f"{python}: {fault}", repair)
-    return "script and prepare environments start"
+    return what
 
 
 def data(bench: Bench) -> str:
@@ -351,6 +357,17 @@ def _holder(number: int) -> str | None:
     except psutil.Error:
         pass  # others' processes are not shown to everybody
     return "another program"
+
+
+def engine(bench: Bench) -> str:
+    """What the lab's jobs sample with; a vLLM is imported."""
+    from selfevo.asynchronous import check_engine
+    from selfevo.lab import read_lab
+
+    try:
+        return check_engine(read_lab(bench.root).train)
+    except UserError as error:
+        raise _parted(error, ": set ", "; run ", "; set ") from error
 
 
 def trainer(bench: Bench) -> str:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from agent_tools.config_text import parse_yaml
 from agent_tools.errors import InfraError, UserError
 from agent_tools.git_configs import LabRepo, edit_yaml, init_lab_repo
+from selfevo.asynchronous import Engine, section
 from selfevo.config import (
     PROTECTED,
     TRAIN_CONFIG,
@@ -50,10 +51,17 @@ class LabFiles:
     train: dict[str, object]
 
 
-def init_lab(path: Path, *, healthy: bool = False, full_isolation: bool = False) -> LabRepo:
+def init_lab(
+    path: Path,
+    *,
+    healthy: bool = False,
+    full_isolation: bool = False,
+    rollouts: Engine | None = None,
+) -> LabRepo:
     """Write the template into `path` and commit it. Raises `UserError` if the folder is in use.
 
-    `full_isolation` makes the lab's jobs refuse a host that cannot give every protection.
+    `full_isolation` makes the lab's jobs refuse a host that cannot give every protection;
+    `rollouts` makes them asynchronous, with this engine.
     """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -69,6 +77,9 @@ def init_lab(path: Path, *, healthy: bool = False, full_isolation: bool = False)
         }
         for key, value in edits.items():
             edit_yaml(part / TRAIN_CONFIG, key, value)
+        if rollouts is not None:
+            with (part / TRAIN_CONFIG).open("a", encoding="utf-8") as file:
+                file.write(section(rollouts))
         init_lab_repo(part, message="Start the lab")
         if path.exists():
             path.rmdir()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfevo import arms, gate
+from selfevo.asynchronous import Rollouts, rollouts_of
 from selfevo.config import EvalConfig, LabConfig
 from selfevo.gate import SeedScore
 from selfevo.views import CampaignView
@@ -24,6 +25,10 @@ from selfevo.views import CampaignView
 TRAIN_S, TRAIN_START_S = 0.31, 8.0
 EVAL_S, EVAL_START_S = 0.17, 4.0
 SCRIPT_SD = 18.0  # percentile points between scripts of one policy and competition; measured 15
+#: Start of an asynchronous job: its processes with our own engine on two cores; with vLLM
+#: (`--eager`) on one card, where imports are most of it. Scripts run beside the training of the
+#: step before, which would make them cheaper; a short job gains little, so it is left out.
+ASYNC_START_S = {"own": 15.0, "vllm": 75.0}
 AGENT_S = 5.0  # of the bundled model's proposal a round; rules take none
 CHECKPOINT_MB = 36.0  # one training run on disk
 #: A true gain above this has not been seen: the whole way from a destroyed policy to a tuned one.
@@ -61,6 +66,7 @@ class Plan:
 
     rounds: int
     train_seeds: int
+    rollouts: str
     train_jobs: tuple[int, int]
     eval_jobs: tuple[int, int]
     train_scripts: tuple[int, int]
@@ -124,6 +130,7 @@ def make(
     past: Measured,
     *,
     competitions: int,
+    rollouts: Rollouts = Rollouts(),
     gpus: int = 0,
     free_gb: float = math.inf,
 ) -> Plan:
@@ -136,7 +143,8 @@ def make(
     jobs = (least, least + rounds * 2 * rules.confirm_seeds + (rounds - 1) * seeds)
     per_train = budget.steps * budget.scripts_per_step
     per_eval = evaluation.samples * competitions
-    train_s = _job_seconds(past.train_s, TRAIN_S, TRAIN_START_S, per_train)
+    start_s = TRAIN_START_S if rollouts.engine is None else ASYNC_START_S[rollouts.engine]
+    train_s = _job_seconds(past.train_s, TRAIN_S, start_s, per_train)
     eval_s = _job_seconds(past.eval_s, EVAL_S, EVAL_START_S, per_eval)
     agent_s = rounds * (AGENT_S if config.agent.kind == "model" else 0.0)
     parallel = min(config.launcher.parallel, seeds)
@@ -156,6 +164,7 @@ def make(
     found = Plan(
         rounds=rounds,
         train_seeds=seeds,
+        rollouts=rollouts.name,
         train_jobs=jobs,
         eval_jobs=jobs,
         train_scripts=(jobs[0] * per_train, jobs[1] * per_train),
@@ -293,22 +302,26 @@ def of_lab(lab: Path | None, rounds: int | None, train_seeds: int | None) -> Pla
     from selfevo.lab import TEMPLATE, read_lab
 
     root = lab if lab is not None else TEMPLATE
-    read_lab(root)
+    rollouts = rollouts_of(read_lab(root).train)
     settings, _, measuring = ((root / name).read_text("utf-8") for name in PROTECTED)
     config = load_lab_config(settings, {} if rounds is None else {"rounds": rounds})
     evaluation = load_eval(measuring, train_seeds)
-    past = Measured() if lab is None else measured(_past(lab), arms.budget_id(config.budget))
+    past = (
+        Measured() if lab is None else measured(_past(lab, rollouts), arms.budget_id(config.budget))
+    )
     return make(
         config,
         evaluation,
         past,
         competitions=len(load_suite(evaluation.suite or config.suite).ids("val")),
+        rollouts=rollouts,
         gpus=1 if Path("/dev/nvidia0").exists() else 0,
         free_gb=shutil.disk_usage(root).free / 1e9,
     )
 
 
-def _past(lab: Path) -> list[tuple[CampaignView, dict[str, Any]]]:
+def _past(lab: Path, rollouts: Rollouts) -> list[tuple[CampaignView, dict[str, Any]]]:
+    """The lab's campaigns; those whose jobs sampled in another way tell nothing of these."""
     from selfevo.campaign import read_view
     from selfevo.lab import campaign_folder, campaigns
     from selfevo.store import read_blob
@@ -317,7 +330,12 @@ def _past(lab: Path) -> list[tuple[CampaignView, dict[str, Any]]]:
     for name in campaigns(lab):
         folder = campaign_folder(lab, name)
         view = read_view(folder)
-        if view.info:
+        train = folder / "arms" / str(view.info.get("arm")) / "train.yaml"
+        known = train.is_file()
+        same = (
+            not known or rollouts_of(arms.parsed(train.read_text("utf-8"), str(train))) == rollouts
+        )
+        if view.info and same:
             found.append((view, json.loads(read_blob(folder, view.info["config"]))))
     return found
 
@@ -335,7 +353,7 @@ def lines(plan: Plan) -> list[str]:
         return a if a == b else f"{a} to {b}"
 
     found = [
-        f"{plan.rounds} rounds, {plan.train_seeds} train seeds an arm",
+        f"{plan.rounds} rounds, {plan.train_seeds} train seeds an arm, jobs {plan.rollouts}",
         f"  jobs        {span(*plan.train_jobs)} training, {span(*plan.eval_jobs)} evaluation",
         f"  scripts     {span(*plan.train_scripts)} in training, "
         f"{span(*plan.eval_scripts)} in evaluation",

@@ -149,6 +149,8 @@ class TrainerProcess:
         generate_s = call_seconds([call for e in everything for call in e.calls])
         row |= perf_metrics(everything, seconds, generate_s, wait_s, update_s, sync_s)
         row["perf/execute_s"] = sum(e.reward.t_tool for e in everything)
+        if self.trainer.model.device.type == "cuda":
+            row["perf/trainer_gpu_gb"] = torch.cuda.max_memory_reserved() / 1e9
         row |= message.metrics | {"group/dropped": float(len(message.dropped))}
         self.row, self.done, self.last = plain(row), message.step, message.last
         saved = self.last or message.step % config.checkpoint_every == 0
