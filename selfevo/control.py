@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -117,7 +118,7 @@ def stop(path: Path, name: str | None, commands: Commands | None = None) -> Told
     events = read_events(folder / "events.jsonl")[0]
     view = reduce(events)
     who = driver(lab, folder, last_session(events))
-    if who is None and (view.state == "done" or not running(view)):
+    if who is None and (view.state == "done" or not (running(view) or unlogged(view))):
         return _not_driven(view, ())
     if who is not None:
         _terminate(who, found)
@@ -166,6 +167,15 @@ def running(view: CampaignView) -> list[JobView]:
     return [job for job in view.jobs.values() if job.state == "submitted"]
 
 
+def unlogged(view: CampaignView) -> list[dict[str, Any]]:
+    """Jobs that a loop meant to start and ended before it logged that it had."""
+    return [
+        data
+        for key, data in view.intents.items()
+        if key not in view.outcomes and {"job", "folder"} <= data.keys()
+    ]
+
+
 def _lives(pid: int, since: str) -> bool:
     """Whether the process that took the lock at local time `since` still lives."""
     try:
@@ -205,12 +215,19 @@ def _terminate(who: Driver, campaign: str) -> None:
 
 def _cancel(c: Campaign) -> list[str]:
     """Cancel the jobs that still run; returns their names."""
+    handles = {
+        job.id: Job(str(c.view.outcomes[job.key]["launcher_id"]), c.run_dir(job.folder))
+        for job in running(c.view)
+    }
+    for data in unlogged(c.view):
+        run_dir = c.run_dir(str(data["folder"]))
+        if started := read_json(run_dir / "job.json").get("id"):
+            handles[str(data["job"])] = Job(str(started), run_dir)
     cancelled = []
-    for job in running(c.view):
-        handle = Job(str(c.view.outcomes[job.key]["launcher_id"]), c.run_dir(job.folder))
+    for name, handle in handles.items():
         if not c.launcher.status(handle).finished:
             c.launcher.cancel(handle)
-            cancelled.append(job.id)
+            cancelled.append(name)
     return cancelled
 
 

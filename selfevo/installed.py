@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 from agent_tools.paths import repo_root
 
@@ -29,7 +30,7 @@ def requirements() -> list[str]:
     return [line for line in lines if "extra ==" not in line]
 
 
-def _project() -> dict[str, object]:
+def _project() -> dict[str, Any]:
     path = repo_root() / "pyproject.toml"
     try:
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 from agent_tools.errors import InfraError, UserError
 from agent_tools.launcher import Job, JobSpec, JobStatus
 from selfevo import arms, campaign
-from selfevo.arms import RunRequest
+from selfevo.arms import RunRequest, read_json
 from selfevo.campaign import Campaign
 from selfevo.gate import FRESH
 from selfevo.views import JobView
@@ -112,7 +112,10 @@ def _submit(c: Campaign, request: RunRequest) -> None:
     intent = c.view.intents.get(key)
     if intent is not None:  # killed between intent and outcome: same folder, same name
         data = {k: v for k, v in intent.items() if k != "key"}
-    c.once("job.submit", key, data, lambda: _start(c, {**data, "key": key}))
+    # one that `selfevo stop` cancelled there goes on where it was
+    stopped = read_json(c.run_dir(data["folder"]) / "job.json").get("state") == "cancelled"
+    restart = intent is not None and stopped
+    c.once("job.submit", key, data, lambda: _start(c, {**data, "key": key}, restart=restart))
 
 
 def _start(c: Campaign, data: dict[str, Any], *, restart: bool = False) -> dict[str, Any]:

@@ -146,8 +146,11 @@ def die_at_event(kind: str, when: str) -> Visit:
 
 
 def double_commands() -> Commands:
+    """`DOUBLE_TRAIN=real`: the trainer itself, beside the second plane's evaluation."""
+    real = os.environ.get("DOUBLE_TRAIN") == "real"
+    train = ("-m", "rl.train") if real else (DOUBLE, "train")
     return Commands(
-        (sys.executable, DOUBLE, "train"), (sys.executable, DOUBLE, "evaluate"), check_machine=False
+        (sys.executable, *train), (sys.executable, DOUBLE, "evaluate"), check_machine=False
     )
 
 

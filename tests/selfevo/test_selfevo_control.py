@@ -174,6 +174,21 @@ def test_stop_ends_the_jobs_of_a_loop_that_was_killed(
     assert json.loads(metrics(lab).with_name("job.json").read_text())["state"] == "cancelled"
 
 
+def test_stop_finds_a_job_whose_start_was_not_logged(
+    lab: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop is killed between starting a job and writing that down."""
+    command = [sys.executable, str(DRIVER), "start", str(lab), "rules", "job.submit", "before"]
+    killed = subprocess.run(command, env={**os.environ, "DOUBLE_STEP_S": "1.0"}, timeout=PATIENCE_S)
+    assert killed.returncode == -signal.SIGKILL
+    until(lambda: rows(lab) >= 1)
+    code, told, _ = selfevo(capsys, "stop", lab)
+    assert code == 0 and "r0-control-s0 cancelled, state saved" in told
+    assert json.loads(metrics(lab).with_name("job.json").read_text())["state"] == "cancelled"
+    assert loop.resume(lab, None, lambda line: None, commands)[0] == 0
+    assert starts(lab) == 2 and violations(lab, steps=5) == []
+
+
 def test_a_driver_of_another_campaign_or_host_is_left_alone(
     lab: Path, commands: Commands, drive: Callable[..., subprocess.Popen[str]],
     capsys: pytest.CaptureFixture[str],
