@@ -17,10 +17,16 @@ gpu_loop.json, and logs.tar.gz with every log and record, whatever happened.
 
 Figures (of all training jobs together unless they say otherwise):
 
-    wall_s                   the whole round, models' starts included
+    wall_s                   the whole round, models' starts included; of the last session where
+                             `sessions` is above 1
     before_*, after_*        of the control and of what the round leaves: mean percentile, share of
                              valid scripts and of scripts with a medal, held-out competitions
     tok_s                    response tokens a second, from a job's first call to its last step
+    step_s                   from a job's first call to its last step, a step
+    generate_s, execute_s    of it: at least one call, one script ran (both run at once, and beside
+                             the training)
+    wait_batch_s, update_s   of it: the trainer waited for groups, trained and saved
+    sync_s                   of it: new weights went to the engine
     start_s                  until a job's engine, gateway, workers and trainer are all there
     lr0_kl, lr0_kl_max       k3 between trainer and engine before the first update, nats a token
     engine_corr              correlation of their log-probs there
@@ -34,7 +40,6 @@ record, a policy lag over its bound, a process left behind.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -57,6 +62,7 @@ from agent_tools.errors import InfraError
 from agent_tools.git_configs import LabRepo, edit_yaml
 from agent_tools.launcher.supervisor import JOB_MARK
 from agent_tools.sandbox import ScriptJob, make_pool
+from benchmarks.async_rl import covered, from_pool
 from benchmarks.common import ROOT, emit, report
 from benchmarks.gpu_card import CardUse, watched
 from rl.config import RunConfig, load_config
@@ -69,18 +75,35 @@ from selfevo import text
 from selfevo.campaign import read_view
 from selfevo.config import TRAIN_CONFIG
 from selfevo.doctor_checks import SCRIPT
-from selfevo.installed import requirements, version_of
+from selfevo.installed import version_of
 from selfevo.lab import init_lab
 from selfevo.medals import before_after
-from selfevo.views import CampaignView, JobView
+from selfevo.memory import gate_line
+from selfevo.records import JobView
+from selfevo.views import CampaignView
 
 Row = dict[str, Any]
 Gather = Callable[[list[float]], float]
 STOP_S = 60.0
 UNFINISHED = 3
-MODULES = {"GitPython": "git", "scikit-learn": "sklearn", "ruamel.yaml": "ruamel.yaml"}
+MODULES = (
+    "selfevo.cli",
+    "selfevo.graph",
+    "selfevo.report",
+    "openai",
+    "wandb",
+    "agent_tools.wandb_logs",
+    "rl.forge.run",
+    "rl.forge.supervisor",
+    "rl.forge.worker",
+    "rl.forge.trainer",
+    "rl.gateway.__main__",
+    "rl.evaluate",
+    "rl.wandb_log",
+    "model.serve",
+)
 LOGS = ("*.log", "*.jsonl", "*.json", "*.yaml", "*.md", "*.html")
-STAGES = ("generate", "execute", "wait_batch", "update", "sync", "step")
+STAGES = ("wait_batch", "update", "sync")
 
 
 class LoopError(Exception):
@@ -90,20 +113,32 @@ class LoopError(Exception):
 # ------------------------------------------------------------------ before
 
 
-def missing_packages() -> list[str]:
-    """Requirements of the project that this interpreter cannot find."""
-    names = [re.split(r"[\s<>=!;\[]", line)[0] for line in requirements()]
-    missing = []
-    for name in names:
-        module = MODULES.get(name, name.replace("-", "_").lower())
-        module = "langgraph.checkpoint.sqlite" if name.endswith("checkpoint-sqlite") else module
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            missing.append(name)
-    return missing
+def check_imports() -> None:
+    """The modules of every process of the round, under this interpreter; LoopError if one fails."""
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *MODULES],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        fault = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise LoopError(f"{sys.executable}: {fault}; put what is missing on PYTHONPATH")
+
+
+def environment() -> dict[str, str]:
+    """Of every child: ours, with this checkout first on the path."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
 
 
 def sandbox_kind(asked: str, folder: Path) -> str:
@@ -150,25 +185,22 @@ def play(lab: Path, args: argparse.Namespace, log: Path) -> int | None:
     begun = next(iter((lab / "runs").glob("*/events.jsonl")), None)
     words = ["resume", str(lab)] if begun else ["run", str(lab), "--rounds", "1"]
     words += [] if begun else ["--agent", args.agent, "--seed", str(args.seed)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
-    environment["WANDB_SILENT"] = "true"
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    variables = environment()
     if args.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "selfevo.cli", *words],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=environment,
+            env=variables,
         )
         try:
             return process.wait(60 * args.minutes)
         except subprocess.TimeoutExpired:
             stop = [sys.executable, "-m", "selfevo.cli", "stop", str(lab)]
-            subprocess.run(stop, stdout=out, stderr=out, env=environment, timeout=STOP_S)
+            subprocess.run(stop, stdout=out, stderr=out, env=variables, timeout=STOP_S)
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOP_S)
@@ -208,7 +240,7 @@ def faults_of(name: str, run_dir: Path, config: RunConfig) -> list[str]:
     bound = lag_bound(slots, width, size)
     with Pool(Places(run_dir).pool_of(config), create=False) as pool:
         if damaged := pool.stats().damaged:
-            found.append(f"{name}: {damaged} damaged records")
+            found.append(f"{name}: damaged: {', '.join(damaged)}")
         for line in lines:
             for group in [*line["trained"], *line["dropped"]]:
                 consumed.update({parsed[0] for e in group if (parsed := parse_episode(e))})
@@ -223,8 +255,7 @@ def faults_of(name: str, run_dir: Path, config: RunConfig) -> list[str]:
 def job_row(job: JobView, run_dir: Path, config: RunConfig) -> Row:
     """Figures of one training job."""
     rows = RunDir(run_dir).rows()
-    with Pool(Places(run_dir).pool_of(config), create=False) as pool:
-        calls = [(c.t_start, c.t_end, len(c.response_ids)) for c in pool.all_calls()]
+    calls, scripts, ends = from_pool(Path(Places(run_dir).pool_of(config)))
     said = (run_dir / "stdout.log").read_text(encoding="utf-8", errors="replace")
     starts = re.findall(r"^(\S+) is ready after ([\d.]+) s", said, re.M)
     row: Row = {
@@ -234,20 +265,22 @@ def job_row(job: JobView, run_dir: Path, config: RunConfig) -> Row:
         "wall_s": round(job.ended - job.started, 1),
         "steps": len(rows),
         "scripts": config.budget.steps * config.budget.scripts_per_step,
-        "tokens": sum(tokens for _, _, tokens in calls),
+        "tokens": sum(tokens for _, tokens in ends),
         "start_s": {name: float(seconds) for name, seconds in starts},
         "reward": [round(r["reward/mle/mean"], 4) for r in rows if "reward/mle/mean" in r],
     }
     if calls and rows:
-        seconds = rows[-1]["t"] - min(start for start, _, _ in calls)
-        row["tok_s"] = row["tokens"] / max(seconds, 1e-9)
+        first, last = min(start for start, _ in calls), float(rows[-1]["t"])
+        row["tok_s"] = row["tokens"] / max(last - first, 1e-9)
+        row["generate_s"] = covered(calls, first, last) / len(rows)
+        row["execute_s"] = covered(scripts, first, last) / len(rows)
+        row["step_s"] = (last - first) / len(rows)
         for stage in STAGES:
             row[f"{stage}_s"] = statistics.fmean(r.get(f"perf/{stage}_s", 0.0) for r in rows)
-        first = rows[0]
-        row["lr0_kl"] = first.get("mismatch_kl/lr0_mean")
-        row["lr0_kl_max"] = first.get("mismatch_kl/lr0_max")
-        row["engine_corr"] = first.get("engine/logprob_corr")
-        row["matched_tokens"] = first.get("engine/matched_tokens")
+        row["lr0_kl"] = rows[0].get("mismatch_kl/lr0_mean")
+        row["lr0_kl_max"] = rows[0].get("mismatch_kl/lr0_max")
+        row["engine_corr"] = rows[0].get("engine/logprob_corr")
+        row["matched_tokens"] = rows[0].get("engine/matched_tokens")
         row["max_lag"] = max(r.get("lag/max", 0.0) for r in rows)
         row["dropped_groups"] = sum(r.get("group/dropped", 0.0) for r in rows)
         if (gb := max((r.get("perf/trainer_gpu_gb", 0.0) for r in rows), default=0.0)) > 0:
@@ -285,7 +318,12 @@ def outcome(
             rows.append(job_row(job, run_dir, config))
             wrong += faults_of(job.id, run_dir, config)
     wrong += [f"left behind: {command}" for command in leftovers(folder)]
-    figures: Row = {"wall_s": round(wall_s, 1), "jobs": len(rows), **medals_of(view)}
+    figures: Row = {
+        "wall_s": round(wall_s, 1),
+        "jobs": len(rows),
+        "sessions": view.sessions,
+        **medals_of(view),
+    }
     sums: dict[str, Gather] = {
         "tok_s": statistics.fmean,
         "start_s": max,
@@ -298,7 +336,9 @@ def outcome(
         "trainer_gb": max,
         "dropped_groups": sum,
     }
-    means: dict[str, Gather] = {f"{stage}_s": statistics.fmean for stage in STAGES}
+    means: dict[str, Gather] = {
+        f"{stage}_s": statistics.fmean for stage in ("generate", "execute", *STAGES, "step")
+    }
     for key, gather in {**sums, **more, **means}.items():
         values = [_number(row[key]) for row in rows if row.get(key) is not None]
         if values:
@@ -310,7 +350,12 @@ def outcome(
     gate = view.rounds[1].gate if 1 in view.rounds else None
     proposal = view.rounds[1].proposal if 1 in view.rounds else None
     figures["verdict"] = view.rounds[1].verdict if 1 in view.rounds else None
-    said: Row = {"gate": gate, "proposal": proposal, "medals": text.medal_change(view)}
+    said: Row = {
+        "gate": gate,
+        "gate_line": gate_line(gate) if gate else None,
+        "proposal": proposal,
+        "medals": text.medal_change(view),
+    }
     return figures, rows, wrong, said
 
 
@@ -370,8 +415,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, work: Path) -> tuple[Row, int]:
     """The round in `work`: (the result, exit code)."""
-    if missing := missing_packages():
-        raise LoopError(f"packages are missing: {', '.join(missing)}; put them on PYTHONPATH")
+    check_imports()
     lab = work / "lab"
     sandbox = sandbox_kind(args.sandbox, work)
     if not (lab / "selfevo.yaml").is_file():

