@@ -269,7 +269,8 @@ def job_row(job: JobView, run_dir: Path, config: RunConfig) -> Row:
         "start_s": {name: float(seconds) for name, seconds in starts},
         "reward": [round(r["reward/mle/mean"], 4) for r in rows if "reward/mle/mean" in r],
     }
-    if calls and rows:
+    row["sessions"] = sum(name == "trainer" for name, _ in starts)
+    if calls and rows and row["sessions"] == 1:  # else the times hold a pause
         first, last = min(start for start, _ in calls), float(rows[-1]["t"])
         row["tok_s"] = row["tokens"] / max(last - first, 1e-9)
         row["generate_s"] = covered(calls, first, last) / len(rows)
@@ -277,6 +278,7 @@ def job_row(job: JobView, run_dir: Path, config: RunConfig) -> Row:
         row["step_s"] = (last - first) / len(rows)
         for stage in STAGES:
             row[f"{stage}_s"] = statistics.fmean(r.get(f"perf/{stage}_s", 0.0) for r in rows)
+    if rows:
         row["lr0_kl"] = rows[0].get("mismatch_kl/lr0_mean")
         row["lr0_kl_max"] = rows[0].get("mismatch_kl/lr0_max")
         row["engine_corr"] = rows[0].get("engine/logprob_corr")
