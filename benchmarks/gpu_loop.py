@@ -25,7 +25,8 @@ Figures (of all training jobs together unless they say otherwise):
     step_s                   from a job's first call to its last step, a step
     generate_s, execute_s    of it: at least one call, one script ran (both run at once, and beside
                              the training)
-    wait_batch_s, update_s   of it: the trainer waited for groups, trained and saved
+    wait_batch_s, update_s   of it, but for the first step: the trainer waited for groups, trained
+                             and saved
     sync_s                   of it: new weights went to the engine
     start_s                  until a job's engine, gateway, workers and trainer are all there
     lr0_kl, lr0_kl_max       k3 between trainer and engine before the first update, nats a token
@@ -276,8 +277,9 @@ def job_row(job: JobView, run_dir: Path, config: RunConfig) -> Row:
         row["generate_s"] = covered(calls, first, last) / len(rows)
         row["execute_s"] = covered(scripts, first, last) / len(rows)
         row["step_s"] = (last - first) / len(rows)
+        later = rows[1:] or rows  # the first waits for the processes to start
         for stage in STAGES:
-            row[f"{stage}_s"] = statistics.fmean(r.get(f"perf/{stage}_s", 0.0) for r in rows)
+            row[f"{stage}_s"] = statistics.fmean(r.get(f"perf/{stage}_s", 0.0) for r in later)
     if rows:
         row["lr0_kl"] = rows[0].get("mismatch_kl/lr0_mean")
         row["lr0_kl_max"] = rows[0].get("mismatch_kl/lr0_max")
