@@ -96,6 +96,8 @@ class Pool:
         if not create and not self._postgres and not Path(self.url).is_file():
             raise ConfigError(f"{self.url}: no such pool; name the file that a run has written")
         with self._reported():
+            if not create and not self._postgres:
+                self._refuse_foreign()
             self._db: Connection = self._open()
             kinds = {"serial": "INTEGER PRIMARY KEY", "blob": "BLOB"}
             if self._postgres:
@@ -107,6 +109,13 @@ class Pool:
                     for verb in ("UPDATE", "DELETE"):
                         self._db.execute(_SQLITE_GUARDS.format(table=table, verb=verb))
             self._db.commit()
+
+    def _refuse_foreign(self) -> None:
+        """A file of others is looked at, not made a pool of."""
+        with closing(sqlite3.connect(self.url, timeout=BUSY_S)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        if not {"calls", "rewards"} <= tables:
+            raise ConfigError(f"{self.url}: is no pool; name the file that a run has written")
 
     def _open(self) -> Connection:
         if self._postgres:
@@ -351,6 +360,7 @@ def _digest(*values: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     import argparse
+    import os
     import sys
 
     parser = argparse.ArgumentParser(prog="python -m rl.pool", description=__doc__)
@@ -359,10 +369,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with closing(Pool(options.pool, create=False)) as pool:
-            return _command(pool, options.what)
+            code = _command(pool, options.what)
+            sys.stdout.flush()
+            return code
     except (ConfigError, InfraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _command(pool: Pool, what: str) -> int:

@@ -1,5 +1,6 @@
 """The data pool: exact round trip, append-only, killed writers, damage, bad input."""
 
+import contextlib
 import json
 import os
 import signal
@@ -157,6 +158,31 @@ def test_command_line(tmp_path, capsys):
     assert lines[0]["response_ids"] == [5, 6]
     assert main(["stats", str(tmp_path / "absent")]) == 2
     assert "no such pool" in capsys.readouterr().err
+
+
+def test_a_file_of_others_is_looked_at_and_not_changed(tmp_path, capsys):
+    foreign, empty = tmp_path / "foreign.db", tmp_path / "empty.db"
+    with contextlib.closing(sqlite3.connect(foreign)) as db:
+        db.execute("CREATE TABLE notes (text)")
+        db.commit()
+    empty.touch()
+    for path in (foreign, empty):
+        before = path.read_bytes()
+        for what in ("stats", "verify", "export"):
+            assert main([what, str(path)]) == 2
+            assert "is no pool" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    with Pool(tmp_path / "pool.sqlite") as pool:
+        pool.add_call(CALL)
+    command = [sys.executable, "-m", "rl.pool", "export", str(tmp_path / "pool.sqlite")]
+    piped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    piped.stdout.close()  # before the first line
+    with piped.stderr as said:
+        assert said.read() == b""
+    assert piped.wait(60) == 0
 
 
 def test_files_that_are_no_pool(tmp_path, monkeypatch):
