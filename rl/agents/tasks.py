@@ -19,7 +19,7 @@ class FolderTaskset:
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         """ConfigError where the folder holds no task."""
-        self._folder = folder
+        self._folder = folder = folder.absolute()  # a sandbox looks from elsewhere
         self._split = split
         self._ids = tuple(
             sorted(path.parent.name for path in folder.glob("*/prompt.md") if path.is_file())

@@ -299,6 +299,16 @@ def test_a_run_file_names_its_agent_and_tasks(tasks: Path) -> None:
             assert parts.scripts == (kind is not CommandAgent)
 
 
+def test_a_folder_named_from_here_reaches_the_sandbox(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tasks: tasks` of a run file: the sandbox starts in another directory."""
+    monkeypatch.chdir(tmp_path)
+    (tasks / "adding" / "files" / "answer.py").write_text("add = int.__add__\n")
+    reward = run(agent("bubblewrap", "true"), Path("tasks"), "http://127.0.0.1:9/v1")
+    assert (reward.status, reward.outcome) == ("done", 1.0)
+
+
 def test_tasks_of_ones_own(tasks: Path) -> None:
     config = validate(
         RunConfig,
