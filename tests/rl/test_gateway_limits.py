@@ -360,3 +360,6 @@ def test_a_gateway_before_the_wrong_engine_does_not_start(tmp_path: Path) -> Non
     process = start_gateway(engine.url, tmp_path, "--engine-wait", "0.1")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 5 and "start the engine" in log
+    process = start_gateway(engine.url, tmp_path, "--port", "70000")
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 2 and log.startswith("error: --port 70000: expected")
