@@ -140,6 +140,7 @@ class Crew:
         if known is not None:
             self._groups.ended(run.group, run.member, run.attempt, known.status)
         elif self._groups.died(run.group, run.member, run.attempt, charge=charge):
+            print(f"{self.last_death}; given up after {run.attempt + 1} attempts", file=sys.stderr)
             self._record(run, "env_error")
 
     def _record(self, run: Run, status: EpisodeStatus) -> None:

@@ -280,6 +280,11 @@ class Supervisor:
             verdict = judge(self.pool, group, self.crew.tasks, self.config)
             self._flat += verdict is Verdict.FLAT
             self._failed += verdict is Verdict.FAILED
+            if verdict is Verdict.FLAT and not any(map(self.pool.next_index, group.episodes)):
+                print(
+                    f"group {group.index}: no attempt made a call; see what the agent prints",
+                    file=sys.stderr,
+                )
             drop = self.config.forge.zero_variance == "drop" and verdict is Verdict.FLAT
             if drop or verdict is Verdict.FAILED:
                 self._dropped.append(group)

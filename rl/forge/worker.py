@@ -157,6 +157,8 @@ class Worker:
             )
         except (DeadlineError, LimitError):
             reward = RewardRecord(run.episode, 0.0, status="timeout")
+        except ConfigError:
+            raise  # no other attempt would be better: the run ends
         except (InfraError, RefusedError) as error:
             died = str(error)
         except Exception as error:  # noqa: BLE001 - whatever an agent's code raises

@@ -1,7 +1,8 @@
 """Parts of asynchronous runs in tests: real prompts and calls, a reward from the attempt's seed,
 faults on demand. `FORGE_FAULTS` lists them: `hang:N` (member 0 of group N never ends), `fail:N`
 (every member of group N is an env_error), `fail-all`, `flat:N` (all of group N earn the same),
-`raise:N` (the environment breaks in the first attempts of group N)."""
+`raise:N` (the environment breaks in the first attempts of group N), `wrong:N` (it finds the run's
+configuration wrong), `mute:N` (no calls, and equal rewards)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from agent_tools.sandbox import ScriptJob, ScriptPool
 from rl.config import RunConfig
+from rl.errors import ConfigError
 from rl.parts import Parts
 from rl.scripts import script_pool
 from rl.types import ChatClient, Episode, RewardRecord, ScriptOutcome, Task
@@ -36,6 +38,11 @@ class SeedEnv:
         kinds = {name.partition(":")[0] for name in faults}
         messages = list(task.prompt)
         reward = 0.5 if "flat" in kinds else random.Random(task.sampling.seed).random()
+        if "wrong" in kinds:
+            raise ConfigError("the agent's program is not there; install it")
+        if "mute" in kinds:
+            idle, nothing = ScriptOutcome("", "ok", True, 0.0, 0.0), RewardRecord(task.episode, 0.0)
+            return Episode(task.episode, task.id, task.group, task.index, (), (idle,), nothing)
         for turn in range(self._turns):
             reply = client.chat(
                 messages,

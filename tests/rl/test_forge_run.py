@@ -33,7 +33,8 @@ def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
         wandb={"mode": "offline"},
         forge={"deadline_s": 3.0, "attempts": 2},
     )
-    session = Session(tmp_path, config, {"FORGE_FAULTS": "hang:1,raise:3,flat:5,fail:9"})
+    faults = "hang:1,raise:3,flat:5,mute:7,fail:9"
+    session = Session(tmp_path, config, {"FORGE_FAULTS": faults})
     assert session.run() == 0, session.log()
     assert violations(session) == []
     rows = RunDir(session.run_dir).rows()
@@ -60,9 +61,11 @@ def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
     # twelve groups of the budget then make five steps
     lines = GroupLog(Places(session.run_dir).groups).lines()
     dropped = [parse_episode(group[0]) for line in lines for group in line["dropped"]]
-    assert sorted(found[0] for found in dropped if found is not None) == [5, 9]
+    assert sorted(found[0] for found in dropped if found is not None) == [5, 7, 9]
     assert sum(row["group/failed"] for row in rows) == 1
-    assert sum(row["group/dropped"] for row in rows) == 2
+    assert sum(row["group/dropped"] for row in rows) == 3
+    assert session.log().count("group 7: no attempt made a call") == 1
+    assert session.log().count("made a call") == 1
 
 
 def test_killed_again_and_again_a_run_ends_right(start: Path, tmp_path: Path) -> None:
@@ -120,6 +123,10 @@ def test_what_cannot_start_is_refused_in_one_line(start: Path, tmp_path: Path) -
     session = Session(tmp_path / "third", wrong)
     assert session.run() == 2
     assert "error: engine: " in session.log() and "--no-such-option" in session.log()
+    session = Session(tmp_path / "fourth", run_config(start), {"FORGE_FAULTS": "wrong:0"})
+    assert session.run() == 2
+    assert "error: the agent's program is not there; install it" in session.log()
+    assert not orphans(session.run_dir)
 
 
 @pytest.mark.slow
