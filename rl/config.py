@@ -359,7 +359,7 @@ def validate(kind: type[ConfigT], data: Mapping[str, Any], where: str) -> Config
     try:
         return kind.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_fault(kind, error)}") from error
+        raise ConfigError(f"{where}: {_first_fault(kind, error, data)}") from error
 
 
 def load_config(
@@ -395,11 +395,28 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def _first_fault(kind: type[BaseModel], error: ValidationError) -> str:
+def _written(loc: Iterable[str | int], data: Any) -> list[str]:
+    """The key as its file has it: without the kind that pydantic names once inside a section."""
+    key: list[str] = []
+    named = True
+    for part in loc:
+        if not named and isinstance(data, Mapping) and part in (data.get("kind"), data.get("do")):
+            named = True
+            continue
+        key.append(str(part))
+        named = False
+        try:
+            data = data[part]
+        except (TypeError, KeyError, IndexError):  # missing, or no section at all
+            data = None
+    return key
+
+
+def _first_fault(kind: type[BaseModel], error: ValidationError, data: Any) -> str:
     faults = error.errors()
     # an unknown key is the likeliest cause of other faults, so it is reported first
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(_written(fault["loc"], data))
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}; nearest known key is {nearest(key, known_keys(kind))!r}"
     message = fault["msg"].removeprefix("Value error, ")

@@ -9,18 +9,15 @@ from rl.window import lag_bound, window_size
 SHOWN = 3
 
 
-def plan_text(config: RunConfig, competitions: tuple[str, ...]) -> str:
+def plan_text(config: RunConfig, tasks: tuple[str, ...]) -> str:
     """Objective, steps, budget and rules, as YAML comments: the whole output still parses."""
     budget, rollout = config.budget, config.rollout
-    scripts = budget.steps * budget.scripts_per_step
     groups = config.groups_per_step
     lines = [
         f"objective: {objective_text(config)}",
         f"steps: {budget.steps} × {groups} groups of {rollout.group_size}, "
-        f"{len(competitions)} competitions in turn: {_first_steps(config, competitions)}",
-        f"budget: {scripts} attempts, {scripts * rollout.turns} script executions, at most "
-        f"{scripts * rollout.turns * rollout.max_new_tokens} sampled tokens and "
-        f"{scripts * rollout.turns * config.env.cpu_seconds:g} CPU seconds of scripts",
+        f"{len(tasks)} tasks in turn: {_first_steps(config, tasks)}",
+        f"budget: {_budget(config)}",
         f"updates: {budget.steps * config.optim.updates_per_batch} at lr {config.optim.lr:g} after "
         f"{config.optim.warmup_steps} steps of warm-up"
         if config.objective != "expert_iteration"
@@ -52,11 +49,28 @@ def async_text(config: RunConfig) -> str:
     )
 
 
-def _first_steps(config: RunConfig, competitions: tuple[str, ...]) -> str:
+def _budget(config: RunConfig) -> str:
+    budget, rollout, forge = config.budget, config.rollout, config.forge
+    attempts = budget.steps * budget.scripts_per_step
+    if config.agent.kind != "mle":  # what it does is its own affair, within the episode's limits
+        return (
+            f"{attempts} attempts, each of at most {forge.episode_calls} calls of "
+            f"{rollout.max_new_tokens} tokens, {forge.episode_tokens} sampled tokens and "
+            f"{forge.deadline_s:g} seconds"
+        )
+    scripts = attempts * rollout.turns
+    return (
+        f"{attempts} attempts, {scripts} script executions, at most "
+        f"{scripts * rollout.max_new_tokens} sampled tokens and "
+        f"{scripts * config.env.cpu_seconds:g} CPU seconds of scripts"
+    )
+
+
+def _first_steps(config: RunConfig, tasks: tuple[str, ...]) -> str:
     groups = config.groups_per_step
     parts = []
     for step in range(min(SHOWN, config.budget.steps)):
-        names = [competitions[(step * groups + g) % len(competitions)] for g in range(groups)]
+        names = [tasks[(step * groups + g) % len(tasks)] for g in range(groups)]
         shown = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
         parts.append(f"step {step + 1} {shown}")
     return " · ".join(parts)

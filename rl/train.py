@@ -19,12 +19,15 @@ from pathlib import Path
 from types import FrameType
 
 from model.layout import check_checkpoint
+from rl.agents.options import CommandOptions, MiniSweOptions, MleAgent
+from rl.agents.tasks import FolderTaskset
 from rl.checkpoints import resolve_checkpoint
 from rl.cli import config_parser, main_guard, resolve_or_print
 from rl.config import RunConfig
 from rl.envs.mle.prompts import load_scaffold
 from rl.errors import ConfigError, StoppedError
 from rl.plan import plan_text
+from rl.pool import Pool
 from rl.splits import trainable_ids
 
 
@@ -57,15 +60,26 @@ class StopSignals:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise for competitions, a scaffold or a checkpoint that a run could not use; no torch."""
-    trainable_ids(config.suite, config.competitions)
+    """Raise for tasks, an agent, a scaffold or a checkpoint that a run could not use; no torch."""
+    if config.forge.mode == "sync" and config.agent != MleAgent():
+        raise ConfigError(
+            f"agent (kind {config.agent.kind}) belongs to asynchronous runs; set forge.mode async"
+        )
+    _task_ids(config)
     load_scaffold(Path(config.scaffold) if config.scaffold else None)
     check_checkpoint(resolve_checkpoint(config.model.checkpoint))
 
 
 def plan(config: RunConfig) -> str:
     """What `--dry-run` says of the run."""
-    return plan_text(config, trainable_ids(config.suite, config.competitions))
+    return plan_text(config, _task_ids(config))
+
+
+def _task_ids(config: RunConfig) -> tuple[str, ...]:
+    """Of the agent's own folder, or the competitions."""
+    if isinstance(config.agent, CommandOptions | MiniSweOptions) and config.agent.tasks:
+        return FolderTaskset(Path(config.agent.tasks)).ids()
+    return trainable_ids(config.suite, config.competitions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.run_dir is None:
         raise ConfigError("--run-dir DIR is missing; name the run directory")
+    if args.from_pool is not None:
+        Pool(args.from_pool, create=False).close()  # refused before there is a run directory
     competitions = trainable_ids(config.suite, config.competitions)
     config = config.model_copy(update={"competitions": competitions})
     signals = StopSignals()

@@ -27,6 +27,7 @@ NO_TORCH = (
 
 
 def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
@@ -57,6 +58,14 @@ def test_resolved_file_reads_back_equal(tmp_path: Path) -> None:
         ("optim:\n  lr: [1\nseed: 2\n", "line 3"),
         ("- 1", "expected a mapping"),
         ("optim: {lr: -1}", "optim.lr"),
+        ("forge: {deadline_s: .inf}", "forge.deadline_s: Input should be a finite number"),
+        ("agent: {kind: langgraph, step: 3}", "'agent.step'; nearest known key is 'agent.steps'"),
+        ("agent: {kind: command, command: []}", " agent.command: Tuple should have"),
+        ("agent: {kind: langgraph}", "set forge.mode async"),
+        (
+            "{forge: {mode: async}, agent: {kind: command, command: [x], tasks: nowhere}}",
+            "nowhere: no task there",
+        ),
         ("rollout: {max_new_tokens: 300}", "budget.tokens_per_script"),
         ("env: {cpu_seconds: 9}", "budget.cpu_seconds_per_script"),
         ("rollout: {group_size: 7}", "not a multiple"),
@@ -73,6 +82,18 @@ def test_mistakes_are_named_in_one_line(
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert expected in captured.err
+
+
+def test_a_dry_run_of_an_agent_tells_of_its_tasks_and_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "tasks/adding/prompt.md", "Add.")
+    agent = f"agent: {{kind: command, command: [x], tasks: {tmp_path / 'tasks'}}}\n"
+    path = write(tmp_path / "run.yaml", agent + "forge: {mode: async, episode_calls: 7}\n")
+    assert run_main(train.main, [str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "1 tasks in turn: step 1 adding" in out and "each of at most 7 calls of 256" in out
+    assert "script executions" not in out
 
 
 def test_unknown_keys_inside_list_items_name_the_nearest() -> None:
@@ -163,6 +184,18 @@ def test_missing_run_dir_and_missing_file(
     assert "no such file" in capsys.readouterr().err
     assert run_main(train.main, [str(write(tmp_path / "a.yaml", ""))]) == 2
     assert "--run-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pool", ["absent", "foreign"])
+def test_an_unusable_pool_leaves_no_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pool: str
+) -> None:
+    (tmp_path / "foreign").touch()
+    path, run_dir = write(tmp_path / "run.yaml", ""), tmp_path / "run"
+    arguments = [str(path), "--run-dir", str(run_dir), "--from-pool", str(tmp_path / pool)]
+    assert run_main(train.main, arguments) == 2
+    assert "pool; name the file that a run has written" in capsys.readouterr().err
+    assert not run_dir.exists()
 
 
 def test_missing_checkpoint_leaves_no_run_directory(
