@@ -9,22 +9,20 @@ SIGINT and SIGTERM; with vLLM also 1, when it ends by itself.
 from __future__ import annotations
 
 import argparse
-import copy
 import ipaddress
 import os
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from model import vllm_serve
 from model.errors import ModelError
 from model.port_file import write_port_file
+from model.server_process import exit_with_parent, listen, log_to_stderr, port_number
 
 if TYPE_CHECKING:
     from model.service import Service
@@ -33,8 +31,6 @@ SMALL_HIDDEN = 512
 """Below this size one thread generates as fast as two, and another core is left for HTTP."""
 
 _GRACE_S = 3
-_PARENT_POLL_S = 0.5
-_BACKLOG = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parent = os.getppid()
     options = _parser().parse_args(argv)
     if options.exit_with_parent:
-        _exit_with_parent(parent)
+        exit_with_parent(parent)
     if options.engine == "vllm":
         return vllm_serve.serve(options)
     try:
@@ -70,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        listener = _listen(options.host, options.port)
+        listener = listen(options.host, options.port)
     except OSError as error:
         where = f"{options.host}:{options.port}"
         print(f"error: cannot listen on {where}: {error}; try --port 0", file=sys.stderr)
@@ -182,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="folder in the Hugging Face layout")
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000, help="0 picks a free one")
+    add("--port", type=port_number, default=8000, help="0 picks a free one")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--served-model-name", default=None, help="default: the checkpoint folder's name")
     add("--port-file", type=Path, default=None, help='gets {"port", "pid"} once it listens')
@@ -230,20 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small answers at once (TCP_NODELAY) only where the socket says that it is TCP
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
 def _serve(
     service: Service,
     listener: socket.socket,
@@ -264,7 +246,7 @@ def _serve(
     config = uvicorn.Config(
         create_app(service, control=control),
         log_level="warning" if quiet else "info",
-        log_config=_log_to_stderr(uvicorn.config.LOGGING_CONFIG),
+        log_config=log_to_stderr(uvicorn.config.LOGGING_CONFIG),
         timeout_graceful_shutdown=_GRACE_S,
     )
     if port_file is not None:
@@ -280,24 +262,6 @@ def _serve(
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _log_to_stderr(config: dict[str, Any]) -> dict[str, Any]:
-    config = copy.deepcopy(config)
-    for handler in config["handlers"].values():
-        handler["stream"] = "ext://sys.stderr"
-    return config
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Polls, because Linux's death signal also fires when only the starting *thread* ends."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

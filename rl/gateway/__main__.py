@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import gc
 import os
 import signal
-import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from model.errors import ModelError
 from model.port_file import write_port_file
+from model.server_process import exit_with_parent, listen, log_to_stderr, port_number
 from model.tokenizer import Tokenizer
 from rl.errors import ConfigError, InfraError, exit_code_of
 from rl.gateway.app import CONTROL_KEY, App
@@ -32,7 +28,6 @@ from rl.gateway.writer import Writer
 from rl.pool import Pool
 
 _GRACE_S = 3
-_PARENT_POLL_S = 0.5
 _SWITCH_S = 0.0005  # the pool's thread must not wait 5 ms for the interpreter
 
 
@@ -41,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parent = os.getppid()
     options = _parser().parse_args(argv)
     if options.exit_with_parent:
-        _exit_with_parent(parent)
+        exit_with_parent(parent)
     try:
         sampling = EpisodeSampling(
             options.temperature, options.max_tokens, options.seed, options.on_conflict
@@ -86,7 +81,7 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        listener = _listen(options.host, options.port)
+        listener = listen(options.host, options.port)
     except OSError as error:
         raise InfraError(
             f"cannot listen on {options.host}:{options.port}: {error}; try --port 0"
@@ -128,7 +123,7 @@ def _serve(
     config = uvicorn.Config(
         "rl.gateway.app:App",
         log_level="warning" if options.quiet else "info",
-        log_config=_log_to_stderr(uvicorn.config.LOGGING_CONFIG),
+        log_config=log_to_stderr(uvicorn.config.LOGGING_CONFIG),
         access_log=False,
         lifespan="off",
         interface="asgi3",
@@ -151,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="folder with the engine's tokenizer.json")
     add("--pool", required=True, help="file or postgresql:// URL of the data pool")
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8100, help="0 picks a free one")
+    add("--port", type=port_number, default=8100, help="0 picks a free one")
     add("--port-file", type=Path, default=None, help='gets {"port", "pid"} once it listens')
     add("--episode-calls", type=int, default=Limits.calls)
     add("--episode-tokens", type=int, default=Limits.tokens, help="sampled ones")
@@ -186,40 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--exit-with-parent", action="store_true", help="stop when the starting process ends")
     add("--quiet", action="store_true", help="warnings only")
     return parser
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise ValueError(f"--port {port}: expected a number from 0 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small answers at once (TCP_NODELAY) only where the socket says that it is TCP
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _log_to_stderr(config: dict[str, Any]) -> dict[str, Any]:
-    config = copy.deepcopy(config)
-    for handler in config["handlers"].values():
-        handler["stream"] = "ext://sys.stderr"
-    return config
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Polls, because Linux's death signal also fires when only the starting *thread* ends."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":
