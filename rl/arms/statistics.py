@@ -12,10 +12,9 @@ from math import erf, nan, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from model.study.statistics import Interval
+from model.study.statistics import Interval, student
 
 RESAMPLES = 4000
-Z = 1.959963984540054
 Z_POWER = 0.8416212335729143  # 80 %
 
 Val = dict[str, list[float]]
@@ -100,19 +99,6 @@ def slope_of(values: Sequence[float], expected: float) -> Slope:
         power = _normal(expected / error - student(len(y) - 2))
     interval = Interval(slope, slope - half, slope + half)
     return Slope(interval, noise, (student(len(y) - 2) + Z_POWER) * error, expected, power)
-
-
-def student(degrees: int) -> float:
-    """97.5 % point of Student's t by the Cornish–Fisher expansion (to 0.3 % from 4 degrees on);
-    exact for 1 to 3."""
-    exact = {1: 12.706, 2: 4.303, 3: 3.182}
-    if degrees in exact:
-        return exact[degrees]
-    z, n = Z, float(degrees)
-    first = (z**3 + z) / (4 * n)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    return z + first + second + third
 
 
 def _normal(z: float) -> float:
