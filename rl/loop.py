@@ -7,7 +7,6 @@ samples what the undisturbed run would have sampled, from exactly restored float
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -92,7 +91,7 @@ def _run(
         loop = Loop(config, folder, source, check)
         latest = folder.latest()
         kept = loop.restore(latest) if latest else folder.keep_rows(0, None)
-        wandb = WandbLog(config, folder.path, _wandb_id(folder), kept)
+        wandb = WandbLog(config, folder.path, folder.wandb_id(), kept)
         _announce(config, loop, source)
         check()
         if from_pool is not None:
@@ -293,14 +292,6 @@ def _dropped(got: Collected, config: RunConfig) -> Row:
         return {}
     groups = len({e.group for e in got.episodes})
     return {"group/zero_std_frac": got.dropped / groups, "group/dropped": float(got.dropped)}
-
-
-def _wandb_id(folder: RunDir) -> str:
-    """The run's W&B id: drawn once, kept in the directory, the same after every resume."""
-    path = folder.path / "wandb_id"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def _announce(config: RunConfig, loop: Loop, source: Path) -> None:

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,13 @@ class RunDir:
         """The result of a finished run."""
         path = self.path / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def wandb_id(self) -> str:
+        """The run's W&B id: drawn once, kept here, the same after every resume."""
+        path = self.path / "wandb_id"
+        if not path.is_file():
+            path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
 
     def open(self, config_text: str, *, resume: bool) -> None:
         """Create the directory, or check that the run in it is the one that is asked for.

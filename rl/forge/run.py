@@ -9,7 +9,6 @@ from one step to the next. No torch here.
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -53,7 +52,7 @@ def _run(config: RunConfig, folder: RunDir, source: Path, check: Callable[[], No
     try:
         check()
         start = find_start(folder, source, fingerprint(source))
-        wandb = WandbLog(config, folder.path, _wandb_id(folder), start.rows)
+        wandb = WandbLog(config, folder.path, folder.wandb_id(), start.rows)
         _announce(config, start, source)
         device = start.note.get("device", "")
         rows = _Rows(config, folder, start.rows, wandb)
@@ -126,14 +125,6 @@ def _result(config: RunConfig, folder: RunDir, source: Path, device: str) -> dic
         "device": device or note["device"],
         "versions": {name: package_version(name) for name in ("torch", "wandb", "scikit-learn")},
     }
-
-
-def _wandb_id(folder: RunDir) -> str:
-    """The run's W&B id: drawn once, kept in the directory, the same after every resume."""
-    path = folder.path / "wandb_id"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def _announce(config: RunConfig, start: Start, source: Path) -> None:
