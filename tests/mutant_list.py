@@ -23,6 +23,14 @@ WINDOW = "tests/rl/test_rl_window.py::"
 WINDOW_SIM = "tests/rl/test_rl_window_sim.py::"
 LOOP = "tests/rl/test_rl_loop.py::"
 LEARNER = "tests/rl/test_rl_learner.py::"
+HISTORY = "tests/rl/test_gateway_history.py::"
+GATEWAY = "tests/rl/test_gateway.py::"
+GATEWAY_LIMITS = "tests/rl/test_gateway_limits.py::"
+GATEWAY_FAULTS = "tests/rl/test_gateway_faults.py::"
+FORGE_GROUPS = "tests/rl/test_forge_groups.py::"
+FORGE_TRAINER = "tests/rl/test_forge_trainer.py::"
+TREE = "tests/rl/test_rl_tree_update.py::"
+CONTEXT = "tests/rl/test_agents_context.py::"
 MOE = "tests/model/test_model_moe.py::"
 PARITY = "tests/model/test_model_parity.py::"
 GENERATE = "tests/model/test_model_generate.py::"
@@ -173,6 +181,121 @@ MUTANTS: tuple[Mutant, ...] = (
         "                    freed = True",
         "                    freed = False",
         (f"{WINDOW_SIM}test_equals_a_ticking_clock",),
+    ),
+    # ---------------------------------------------------------------- rl: gateway, forge, merging
+    Mutant(
+        "gateway-thinking-not-compared",
+        "rl/gateway/history.py",
+        "    return not shown.thinking or shown.thinking == ours.thinking",
+        "    return True",
+        (
+            f"{HISTORY}test_replies_that_look_alike_are_told_apart_by_call_ids_then_thinking_then_time",
+        ),
+    ),
+    Mutant(
+        "gateway-cut-reply-without-end-mark",
+        "rl/gateway/history.py",
+        "            response.append(self._tokenizer.eos_id)",
+        "            pass",
+        (f"{HISTORY}test_a_rewritten_conversation_goes_on_from_the_sampled_ids",),
+    ),
+    Mutant(
+        "gateway-retry-samples-again",
+        "rl/gateway/core.py",
+        "        done = episode.answers.get(key)",
+        "        done = None",
+        (f"{GATEWAY}test_an_equal_call_joins_the_running_one_and_later_gets_its_answer",),
+    ),
+    Mutant(
+        "gateway-unheard-call-goes-on",
+        "rl/gateway/core.py",
+        "asyncio.get_running_loop().call_later(self._linger_s, flight.end_unheard, gone)",
+        "del gone",
+        (f"{GATEWAY}test_a_call_whose_client_left_is_ended_and_not_recorded",),
+    ),
+    Mutant(
+        "gateway-token-limit-per-call",
+        "rl/gateway/core.py",
+        "        most = min(most, episode.limits.tokens - episode.tokens, self._room(prompt))",
+        "        most = min(most, episode.limits.tokens, self._room(prompt))",
+        (f"{GATEWAY_LIMITS}test_an_episode_ends_at_its_limits",),
+    ),
+    Mutant(
+        "gateway-index-not-counted-up",
+        "rl/gateway/writer.py",
+        "                ahead[name] = index + 1",
+        "                ahead[name] = index",
+        (f"{GATEWAY_FAULTS}test_one_bad_record_fails_alone",),
+    ),
+    Mutant(
+        "forge-resume-newer-results-count",
+        "rl/forge/resume.py",
+        "            results.append((reward.episode, reward.status, max(versions, default=0)))",
+        "            results.append((reward.episode, reward.status, min(versions, default=0)))",
+        (f"{FORGE_TRAINER}test_what_a_pool_knows_is_bounded_by_the_checkpoints_version",),
+    ),
+    Mutant(
+        "forge-resume-consumed-group-again",
+        "rl/forge/resume.py",
+        "parsed[0] >= frontier.head and parsed[0] not in taken",
+        "parsed[0] >= frontier.head",
+        (f"{FORGE_TRAINER}test_what_a_pool_knows_is_bounded_by_the_checkpoints_version",),
+    ),
+    Mutant(
+        "forge-every-death-is-charged",
+        "rl/forge/groups.py",
+        "        found.charged += charge",
+        "        found.charged += 1",
+        (f"{FORGE_GROUPS}test_only_charged_deaths_use_up_a_member",),
+    ),
+    Mutant(
+        "tree-pieces-from-the-first",
+        "rl/tree_update.py",
+        "        for piece in reversed(pieces):",
+        "        for piece in pieces:",
+        (f"{TREE}test_every_plan_gives_the_gradients_of_one_pass_a_call",),
+    ),
+    Mutant(
+        "tree-handed-gradients-not-summed",
+        "rl/tree_update.py",
+        "                    total.index_add_(0, at, leaf.grad.to(total.dtype))",
+        "                    total.index_copy_(0, at, leaf.grad.to(total.dtype))",
+        (f"{TREE}test_every_plan_gives_the_gradients_of_one_pass_a_call",),
+    ),
+    Mutant(
+        "tree-unusable-log-probs-trained",
+        "rl/tree_update.py",
+        "        here_n &= self.table.finite_f[place_n]",
+        "        here_n &= place_n >= 0",
+        (f"{TREE}test_unusable_log_probs_leave_numerator_and_denominator",),
+    ),
+    Mutant(
+        "tree-shared-token-loaded-once",
+        "rl/tree_update.py",
+        "        times_M = torch.from_numpy(pack.calls_M[piece.own_M]).to(self.model.device)",
+        "        times_M = torch.ones(len(piece.own_M), dtype=torch.long)",
+        (f"{TREE}test_every_plan_gives_the_gradients_of_one_pass_a_call",),
+    ),
+    Mutant(
+        "context-last-user-turn-goes",
+        "rl/agents/context.py",
+        "if i < head or i == last or _system(m)]",
+        "if i < head or _system(m)]",
+        (f"{CONTEXT}test_no_policy_loses_the_system_prompt_or_the_last_user_turn",),
+    ),
+    Mutant(
+        "context-over-budget-sent",
+        "rl/agents/context.py",
+        "    return Fitted(now, tokens, tokens <= policy.budget, tuple(done))",
+        "    return Fitted(now, tokens, True, tuple(done))",
+        (f"{CONTEXT}test_a_context_that_cannot_fit_is_not_sent",),
+    ),
+    Mutant(
+        "context-results-without-their-call",
+        "rl/agents/context.py",
+        '        starts = messages[i].get("role") == "assistant" or _is_summary(messages[i])',
+        '        starts = messages[i].get("role") in ("assistant", "tool")',
+        (f"{CONTEXT}test_a_tool_result_never_stands_without_its_call",),
     ),
     # ---------------------------------------------------------------- model
     Mutant(
