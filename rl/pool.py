@@ -56,6 +56,10 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
 
+class DamagedError(InfraError):
+    """A record is not what was written."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """Counts of a pool, and what is wrong with it."""
@@ -87,7 +91,8 @@ class StepRecord:
 
 
 class Pool:
-    """Thread-safe; several processes may write to one pool. `InfraError` when it cannot be used."""
+    """Thread-safe; several processes may write to one pool. `InfraError` when it cannot be used,
+    `DamagedError` where a record that is read is not what was written."""
 
     def __init__(self, url: str | Path, *, create: bool = True) -> None:
         self.url = str(url)
@@ -202,18 +207,19 @@ class Pool:
 
     def reward(self, episode: str) -> RewardRecord | None:
         """An episode's reward, or None while it runs (or was never finished)."""
-        found = self._select("SELECT episode, meta FROM rewards WHERE episode = ?", (episode,))
-        return _reward(*found[0]) if found else None
+        columns = "episode, meta, digest"
+        found = self._select(f"SELECT {columns} FROM rewards WHERE episode = ?", (episode,))
+        return _reward(*self._whole("reward of {0}", found[0])) if found else None
 
     def rewards(self) -> list[RewardRecord]:
         """Every reward, in the order of writing."""
-        rows = self._select("SELECT episode, meta FROM rewards ORDER BY id", ())
-        return [_reward(*row) for row in rows]
+        rows = self._select("SELECT episode, meta, digest FROM rewards ORDER BY id", ())
+        return [_reward(*self._whole("reward of {0}", row)) for row in rows]
 
     def steps(self) -> list[StepRecord]:
         """What every optimiser step trained on, in the order of the steps."""
-        rows = self._select("SELECT step, meta FROM steps ORDER BY id", ())
-        last = {int(step): meta for step, meta in rows}
+        rows = self._select("SELECT step, meta, digest FROM steps ORDER BY id", ())
+        last = {int(step): meta for step, meta in (self._whole("step {0}", row) for row in rows)}
         return [StepRecord(step, _groups(last[step])) for step in sorted(last)]
 
     def episodes(self) -> set[str]:
@@ -250,9 +256,19 @@ class Pool:
         return Stats(calls, rewards, len(episodes), tokens, statuses, tuple(damaged), steps)
 
     def _calls(self, where: str, values: Sequence[Any]) -> Iterator[CallRecord]:
-        columns = "episode, member, prompt, response, logprobs, meta"
+        columns = "episode, member, prompt, response, logprobs, meta, digest"
         for row in self._select(f"SELECT {columns} FROM calls {where}", values):
-            yield _call(*row)
+            yield _call(*self._whole("call {1} of {0}", row))
+
+    def _whole(self, name: str, row: Sequence[Any]) -> Sequence[Any]:
+        """A row without its digest; DamagedError where it is not what was written."""
+        *values, digest = row
+        if _digest(*values) != digest:
+            raise DamagedError(
+                f"{self.url}: {name.format(*values)} is damaged; `python -m rl.pool verify` names "
+                "all that are"
+            )
+        return values
 
     def _select(self, sql: str, values: Sequence[Any]) -> list[Any]:
         with self._lock, self._reported():
@@ -374,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except (ConfigError, InfraError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return 3 if isinstance(error, DamagedError) else error.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

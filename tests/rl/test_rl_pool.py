@@ -143,6 +143,10 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
     db.close()
     assert main(["verify", str(path)]) == 3
     assert "damaged: call 0 of g3-0" in capsys.readouterr().out
+    assert main(["export", str(path)]) == 3  # read as good by nobody, trainers included
+    assert "call 0 of g3-0 is damaged; `python -m rl.pool verify`" in capsys.readouterr().err
+    with Pool(path) as pool:
+        assert pool.reward("g3-0") == REWARD
 
 
 def test_command_line(tmp_path, capsys):
