@@ -308,16 +308,17 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "router-weights-not-renormalised",
         "model/moe.py",
-        "        return weights_Mk / weights_Mk.sum(-1, keepdim=True), experts_Mk",
-        "        return weights_Mk, experts_Mk",
+        "            weights_Mk = weights_Mk / weights_Mk.sum(-1, keepdim=True)",
+        "            pass",
         (f"{MOE}test_the_bias_chooses_but_does_not_weigh",),
     ),
     Mutant(
         "qk-norm-a-head",
         "model/attention.py",
-        "        q_MND = self.q_norm(q).view(-1, self.heads, self.head_dim)",
-        "        q_MND = F.rms_norm(q.view(-1, self.heads, self.head_dim), (self.head_dim,)) "
-        "* self.q_norm.weight.view(self.heads, self.head_dim)",
+        "            q, k = self.q_norm(q), self.k_norm(k)",
+        "            by_head = torch.nn.functional.rms_norm(q.unflatten(-1, (-1, self.head_dim)), "
+        "(self.head_dim,))\n"
+        "            q, k = by_head.flatten(-2) * self.q_norm.weight, self.k_norm(k)",
         (f"{PARITY}test_our_checkpoint_gives_transformers_the_same_logits[single key head]",),
     ),
     Mutant(
