@@ -69,7 +69,7 @@ def run(
     folder.open(dump_config(config), resume=resume)
     try:
         if folder.result is not None:
-            print(f"{path} is done: {folder.result['steps']} steps, {folder.result['checkpoint']}")
+            print(folder.done_text(config.budget.steps))
         else:
             _run(config, folder, source, parts, check, from_pool)
     finally:
@@ -104,6 +104,7 @@ def _run(
         folder.drop_trainer_state()
         status.close("done", 0)
         folder.write_result(loop.result())
+        print(folder.done_text(config.budget.steps), flush=True)
     except StoppedError as error:
         _finish(wandb, error.exit_code)
         status.close("cancelled", error.exit_code, signal=error.signal_name, reason=str(error))

@@ -262,6 +262,16 @@ class RunDir:
         """The last file of a run."""
         write_atomic(self.path / "result.json", pretty(result))
 
+    def done_text(self, steps: int) -> str:
+        """One line on a run that has its result and was given `steps`."""
+        result = self.result
+        assert result is not None
+        fewer = "" if result["steps"] >= steps else f" of {steps} (dropped groups cost steps)"
+        return (
+            f"{self.path} is done: {result['steps']} steps{fewer}, {result['scripts']} scripts, "
+            f"{result['checkpoint']}"
+        )
+
 
 def _check_step(folder: Path) -> None:
     """Raise ModelError if a step's weights or trainer files are missing or cut off."""

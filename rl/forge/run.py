@@ -37,7 +37,7 @@ def run(config: RunConfig, path: Path, *, resume: bool, check: Callable[[], None
     folder.open(dump_config(config), resume=resume)
     try:
         if folder.result is not None:
-            print(f"{path} is done: {folder.result['steps']} steps, {folder.result['checkpoint']}")
+            print(folder.done_text(config.budget.steps))
         else:
             _run(config, folder, source, check)
     finally:
@@ -74,6 +74,7 @@ def _run(config: RunConfig, folder: RunDir, source: Path, check: Callable[[], No
         wandb = None
         status.close("done", 0)
         folder.write_result(_result(config, folder, source, device))
+        print(folder.done_text(config.budget.steps), flush=True)
     except StoppedError as error:
         code = error.exit_code
         status.close("cancelled", code, signal=error.signal_name, reason=str(error))

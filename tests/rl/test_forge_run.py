@@ -64,6 +64,7 @@ def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
     assert sorted(found[0] for found in dropped if found is not None) == [5, 7, 9]
     assert sum(row["group/failed"] for row in rows) == 1
     assert sum(row["group/dropped"] for row in rows) == 3
+    assert "is done: 5 steps of 6 (dropped groups cost steps)" in session.log()
     assert session.log().count("group 7: no attempt made a call") == 1
     assert session.log().count("made a call") == 1
 
