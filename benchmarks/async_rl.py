@@ -56,7 +56,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Size:
-    """Scripts a step in groups; workers, each with so many episodes and sandboxes at once."""
+    """Scripts a step in groups; workers, each with so many episodes at once; sandboxes in all."""
 
     scripts: int
     group: int
@@ -65,8 +65,8 @@ class Size:
     sandboxes: int
 
 
-SMALL = Size(scripts=16, group=4, workers=2, episodes=16, sandboxes=2)
-LARGE = Size(scripts=64, group=8, workers=4, episodes=64, sandboxes=2)
+SMALL = Size(scripts=16, group=4, workers=2, episodes=16, sandboxes=4)
+LARGE = Size(scripts=64, group=8, workers=4, episodes=64, sandboxes=8)
 VLLM_OPTIONS = ("--max-batch", "256", "--dtype", "bfloat16", "--cache-tokens", "400000")
 LIMIT_S = 1800.0
 

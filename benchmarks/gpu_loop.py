@@ -400,7 +400,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--healthy", action="store_true", help="start from the tuned learning rate")
     add("--agent", choices=("model", "rules", "random"), default="model")
     add("--sandbox", choices=("auto", "bubblewrap", "process"), default="auto")
-    add("--sandboxes", type=int, help="a rollout worker (default: 1 on cpu, 3 on cuda)")
+    add("--sandboxes", type=int, help="of a job (default: 2 on cpu, 6 on cuda)")
     add("--parallel", type=int, help="jobs at a time (default: 1 on cpu, 2 on cuda)")
     add("--steps", type=int, default=5)
     add("--scripts", type=int, default=24, help="a step, in groups of 8")
@@ -413,7 +413,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     args.parallel = args.parallel or (2 if cuda else 1)
-    args.sandboxes = args.sandboxes or (3 if cuda else 1)
+    args.sandboxes = args.sandboxes or (6 if cuda else 2)
     return args
 
 
