@@ -124,13 +124,26 @@ def test_a_streamed_chat_is_the_whole_one(served: Served, more: dict[str, Any]) 
 
 def test_tokens_come_as_they_are_written(served: Served) -> None:
     body = {"prompt": "say", "max_tokens": 50, "ignore_eos": True, "stream": True}
-    served.runner.pace = pace = threading.Semaphore(2)  # steps until the reply stands still
+    served.runner.pace = pace = threading.Semaphore(0)
+    heard = threading.Event()
+
+    def step_until_heard() -> None:
+        """A token may be half a character, which is no text yet; never to the reply's end."""
+        for _ in range(40):
+            pace.release()
+            if heard.wait(0.1):
+                return
+
+    stepping = threading.Thread(target=step_until_heard)
+    stepping.start()
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         try:
             assert next(line for line in lines if line).startswith("data: {")
             assert served.health()["running"] == 1
         finally:
+            heard.set()
+            stepping.join()
             served.runner.pace = None
             pace.release()
         assert [line for line in lines if line][-1] == "data: [DONE]"
