@@ -16,6 +16,7 @@ import httpx
 
 from rl.config import RunConfig
 from rl.engine_http import HttpEngine
+from rl.errors import ConfigError
 from rl.forge.child import AliveLock, Child
 
 PROBE_TIMEOUT_S = 2.0
@@ -72,6 +73,11 @@ class Server(Child):
         if self._process.returncode == PORT_TAKEN:
             self.port = 0
         super().bury(now, fault=fault)
+
+    def refused(self, code: int, *, outdated: bool) -> bool:
+        """Whether it ended because of its arguments, and would again. `outdated`: an engine whose
+        weights were replaced while it started; their folder may have been removed since."""
+        return code == ConfigError.exit_code and not self.ready and not outdated
 
     def probe(self, now: float) -> bool:
         """Whether it answers now. Killed when it takes too long to start."""

@@ -220,7 +220,8 @@ class Supervisor:
                 self._handle(child, message)
             fault = child not in self.workers or self.crew.buried(child, code)
             port = child.port if isinstance(child, Server) else 0
-            if port and code == ConfigError.exit_code and not child.ready:
+            outdated = child is self.engine and self._engine_version != self.version
+            if isinstance(child, Server) and child.refused(code, outdated=outdated):
                 raise ConfigError(f"{child.name}: {child.tail()} (see {child.log})")
             child.bury(now, fault=fault)
             if child is self.engine and port and not self.engine.port and self.gateway.pid:

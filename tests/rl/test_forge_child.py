@@ -230,6 +230,20 @@ def test_a_server_keeps_its_port_unless_another_process_took_it(tmp_path: Path) 
         lock.close()
 
 
+def test_a_refusal_ends_a_run_unless_the_weights_were_replaced_meanwhile(tmp_path: Path) -> None:
+    lock = AliveLock(tmp_path / "alive.lock")
+    server = Server("server", tmp_path, ["-c", "raise SystemExit(2)"], lock,
+                    health="/", start_timeout_s=30, restarts=9)  # fmt: skip
+    server.start_if_due(time.monotonic())
+    wait_for(lambda: server.ended() is not None)
+    code = server.ended()
+    assert code == 2 and server.refused(code, outdated=False)
+    assert not server.refused(code, outdated=True) and not server.refused(-9, outdated=False)
+    server.ready = True  # what ends after it answered did not end because of its arguments
+    assert not server.refused(code, outdated=False)
+    lock.close()
+
+
 def test_a_server_that_never_answers_is_killed(tmp_path: Path) -> None:
     lock = AliveLock(tmp_path / "alive.lock")
     server = Server("server", tmp_path, ["-c", "import time; time.sleep(600)"], lock,
