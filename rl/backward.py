@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -20,39 +20,14 @@ from torch import Tensor
 
 from model.scoring import TokenScores, score_tokens
 from model.transformer import Transformer
-from rl.objectives import Objective, Tokens, shares
+from rl.objectives import Objective, Terms, Tokens, shares
 from rl.samples import Sample
 
 
-class UpdateSums(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Sums:
     """Figures of one update. `loss` is the whole loss; `*_sum` run over its `tokens` trained tokens
     (nats); `nonfinite` counts recorded log-probs that were left out. `figures` go into the row."""
-
-    @property
-    def loss(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def nonfinite(self) -> int: ...
-    @property
-    def weight_sum(self) -> float: ...
-    @property
-    def weight_max(self) -> float: ...
-    @property
-    def capped(self) -> int: ...
-    @property
-    def kl_sum(self) -> float: ...
-    @property
-    def kl_max(self) -> float: ...
-    @property
-    def entropy_sum(self) -> float: ...
-    @property
-    def figures(self) -> Mapping[str, float]: ...
-
-
-@dataclass(frozen=True)
-class Sums:
-    """`UpdateSums` of `backward_rows`."""
 
     loss: float
     tokens: int
@@ -64,6 +39,22 @@ class Sums:
     kl_max: float
     entropy_sum: float
     figures: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, terms: Sequence[Terms], entropy_sum: float, nonfinite: int, **more: Any) -> Self:
+        """The pieces' terms, added up; `more` are fields that do not come from them."""
+        return cls(
+            loss=sum(float(t.loss.detach()) for t in terms),
+            tokens=sum(t.tokens for t in terms),
+            nonfinite=nonfinite,
+            weight_sum=sum(t.weight_sum for t in terms),
+            weight_max=max((t.weight_max for t in terms), default=0.0),
+            capped=sum(t.capped for t in terms),
+            kl_sum=sum(t.kl_sum for t in terms),
+            kl_max=max((t.kl_max for t in terms), default=0.0),
+            entropy_sum=entropy_sum,
+            **more,
+        )
 
 
 class Backward(Protocol):
@@ -80,7 +71,7 @@ class Backward(Protocol):
         objective: Objective,
         temperature: float,
         budget: int,
-    ) -> UpdateSums: ...
+    ) -> Sums: ...
 
 
 @dataclass(frozen=True)
@@ -133,17 +124,7 @@ def backward_rows(
         term.loss.backward()  # type: ignore[no-untyped-call]
         entropy += float(scores.entropy_BT.sum())
         terms.append(term)
-    return Sums(
-        loss=sum(float(t.loss.detach()) for t in terms),
-        tokens=tokens,
-        nonfinite=nonfinite,
-        weight_sum=sum(t.weight_sum for t in terms),
-        weight_max=max(t.weight_max for t in terms),
-        capped=sum(t.capped for t in terms),
-        kl_sum=sum(t.kl_sum for t in terms),
-        kl_max=max(t.kl_max for t in terms),
-        entropy_sum=entropy,
-    )
+    return Sums.of(terms, entropy, nonfinite)
 
 
 def score_rows(model: Transformer, rows: Rows, temperature: float) -> TokenScores:

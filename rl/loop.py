@@ -32,7 +32,7 @@ from rl.errors import (
 from rl.learner import Learner
 from rl.mfu import mfu
 from rl.parts import Parts, PartsFactory
-from rl.pool import Pool
+from rl.pool import Pool, pool_at
 from rl.run_dir import Row, RunDir, Status
 from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
 from rl.trainer import Trainer, read_info
@@ -281,10 +281,7 @@ class Loop:
 
 def pool_of(config: RunConfig, run_dir: Path) -> AbstractContextManager[Pool | None]:
     """The pool that the run writes to, or nothing."""
-    if config.pool is None:
-        return nullcontext()
-    url = config.pool
-    return Pool(url if url.startswith(("postgresql://", "postgres://")) else run_dir / url)
+    return nullcontext() if config.pool is None else Pool(pool_at(config.pool, run_dir))
 
 
 def _dropped(got: Collected, config: RunConfig) -> Row:

@@ -90,6 +90,15 @@ class StepRecord:
     groups: tuple[GroupRecord, ...]
 
 
+def pool_at(name: str, run_dir: Path) -> str:
+    """URL or path of the pool that a run's configuration names; paths begin at its directory."""
+    return name if _is_postgres(name) else str(run_dir / name)
+
+
+def _is_postgres(url: str) -> bool:
+    return url.startswith(("postgresql://", "postgres://"))
+
+
 class Pool:
     """Thread-safe; several processes may write to one pool. `InfraError` when it cannot be used,
     `DamagedError` where a record that is read is not what was written."""
@@ -97,7 +106,7 @@ class Pool:
     def __init__(self, url: str | Path, *, create: bool = True) -> None:
         self.url = str(url)
         self._lock = threading.Lock()
-        self._postgres = self.url.startswith(("postgresql://", "postgres://"))
+        self._postgres = _is_postgres(self.url)
         if not create and not self._postgres and not Path(self.url).is_file():
             raise ConfigError(f"{self.url}: no such pool; name the file that a run has written")
         with self._reported():

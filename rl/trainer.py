@@ -16,7 +16,7 @@ import torch
 
 from model.transformer import Transformer
 from rl import objectives
-from rl.backward import Backward, UpdateSums, backward_rows, rows_of, score_rows, trained_counts
+from rl.backward import Backward, Sums, backward_rows, rows_of, score_rows, trained_counts
 from rl.config import OptimSection
 from rl.errors import DivergedError
 from rl.masters import MasterAdamW
@@ -43,7 +43,7 @@ class UpdateStats:
     kl_mean: float
     kl_max: float
     entropy: float
-    updates: tuple[UpdateSums, ...] = ()
+    updates: tuple[Sums, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -97,7 +97,7 @@ class Trainer(TrainerState):
             )
         if tokens == 0:
             return NO_UPDATE
-        done: list[UpdateSums] = []
+        done: list[Sums] = []
         norms: list[float] = []
         plan = minibatches(samples, self.optim.updates_per_batch, self.optim.passes, seed)
         for part in plan:
@@ -172,7 +172,7 @@ class Trainer(TrainerState):
                 )
 
 
-def _stats(done: Sequence[UpdateSums], norm: float, tokens: int, nonfinite: int) -> UpdateStats:
+def _stats(done: Sequence[Sums], norm: float, tokens: int, nonfinite: int) -> UpdateStats:
     first = done[0]
     return UpdateStats(
         loss=first.loss,

@@ -14,7 +14,7 @@ f response tokens of all calls, K key heads, D head size, k experts a token, H h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from model.strands import STRAND_PAIRS
 from model.transformer import Transformer
 from model.tree_attend import KeysValues, TreeAttend
 from model.visible import Visibility
+from rl.backward import Sums
 from rl.objectives import Objective, Terms, Tokens, shares
 from rl.prefix_tree import Ints, Labels, Pack
 from rl.tree_plan import (
@@ -63,23 +64,11 @@ class Trained(Protocol):
     def advantage(self) -> float: ...
 
 
-@dataclass(frozen=True)
-class StepSums:
-    """What a step's passes add up to. `loss` is the whole loss; `*_sum` run over the step's trained
-    `tokens` (nats); `nonfinite` counts recorded log-probs that were left out; `figures` go into the
-    step's row; `load_LE` is how often each expert was chosen, each call's tokens counted (None: not
-    asked for)."""
+@dataclass(frozen=True, kw_only=True)
+class StepSums(Sums):
+    """`Sums`, the plan they were computed by, and `load_LE`: how often each expert was chosen, each
+    call's tokens counted (None: not asked for)."""
 
-    loss: float
-    tokens: int
-    nonfinite: int
-    weight_sum: float
-    weight_max: float
-    capped: int
-    kl_sum: float
-    kl_max: float
-    entropy_sum: float
-    figures: Mapping[str, float]
     plan: Plan
     load_LE: Tensor | None = None
 
@@ -162,17 +151,10 @@ def backward_plan(
     run = _Run(model, objective, temperature, table, count_load)
     for pack, pieces in zip(plan.packs, plan.pieces, strict=True):
         run.pack(pack, pieces)
-    terms = run.terms
-    return StepSums(
-        loss=sum(float(x.loss.detach()) for x in terms),
-        tokens=sum(x.tokens for x in terms),
-        nonfinite=table.nonfinite,
-        weight_sum=sum(x.weight_sum for x in terms),
-        weight_max=max((x.weight_max for x in terms), default=0.0),
-        capped=sum(x.capped for x in terms),
-        kl_sum=sum(x.kl_sum for x in terms),
-        kl_max=max((x.kl_max for x in terms), default=0.0),
-        entropy_sum=sum(run.entropies),
+    return StepSums.of(
+        run.terms,
+        sum(run.entropies),
+        table.nonfinite,
         figures=figures_of(plan),
         plan=plan,
         load_LE=run.load_LE,

@@ -21,6 +21,7 @@ from typing import Any
 from rl.config import RunConfig
 from rl.errors import CheckpointStateError
 from rl.forge.messages import Step
+from rl.pool import pool_at
 from rl.run_dir import write_atomic
 
 
@@ -44,9 +45,7 @@ class Places:
 
     def pool_of(self, config: RunConfig) -> str:
         """Path or URL of the data pool."""
-        name = config.pool or "pool.sqlite"
-        is_url = name.startswith(("postgresql://", "postgres://"))
-        return name if is_url else str(self.run / name)
+        return pool_at(config.pool or "pool.sqlite", self.run)
 
     def weights(self, step: int) -> Path:
         return self.forge / f"weights-{step}"

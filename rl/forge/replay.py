@@ -15,7 +15,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from rl.backward import UpdateSums
+from rl.backward import Sums
 from rl.errors import RecordError
 from rl.objectives import Objective
 from rl.prefix_tree import Ints
@@ -50,7 +50,7 @@ class ReplayedPacks:
         objective: Objective,
         temperature: float,
         budget: int,
-    ) -> UpdateSums:
+    ) -> Sums:
         routed = [self._experts.get((s.prompt_ids, s.response_ids)) for s in samples]
         some = any(x is not None for x in routed)
         return backward_packs(
