@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,19 @@ from rl.errors import (
     CheckpointStateError,
     ConfigError,
     DivergedError,
-    InfraLimitError,
     StoppedError,
-    exit_code_of,
 )
 from rl.learner import Learner
 from rl.mfu import mfu
 from rl.parts import Parts, PartsFactory
 from rl.pool import Pool, pool_at
-from rl.run_dir import Row, RunDir, Status
+from rl.run_dir import Row, RunDir
+from rl.run_end import check_infra, result_of, run_status
 from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
 from rl.trainer import Trainer, read_info
 from rl.tree_update import backward_packs
 from rl.wandb_log import WandbLog
 
-MAX_INFRA_SHARE = 0.10
 MAX_BATCH = 64
 
 
@@ -85,41 +82,23 @@ def _run(
     check: Callable[[], None],
     from_pool: str | None,
 ) -> None:
-    status = Status(folder.path / "status.json")
-    wandb: WandbLog | None = None
-    try:
+    with run_status(folder) as status:
         loop = Loop(config, folder, source, check)
         latest = folder.latest()
         kept = loop.restore(latest) if latest else folder.keep_rows(0, None)
-        wandb = WandbLog(config, folder.path, folder.wandb_id(), kept)
-        _announce(config, loop, source)
-        check()
-        if from_pool is not None:
-            with Pool(from_pool, create=False) as pool:
-                loop.train(PoolSource(pool), wandb)
-        else:
-            with parts(config) as built, pool_of(config, folder.path) as kept_in:
-                loop.train(loop.local(built, kept_in), wandb)
-        wandb.finish(0)
+        with WandbLog(config, folder.path, folder.wandb_id(), kept) as wandb:
+            _announce(config, loop, source)
+            check()
+            if from_pool is not None:
+                with Pool(from_pool, create=False) as pool:
+                    loop.train(PoolSource(pool), wandb)
+            else:
+                with parts(config) as built, pool_of(config, folder.path) as kept_in:
+                    loop.train(loop.local(built, kept_in), wandb)
         folder.drop_trainer_state()
         status.close("done", 0)
         folder.write_result(loop.result())
         print(folder.done_text(config.budget.steps), flush=True)
-    except StoppedError as error:
-        _finish(wandb, error.exit_code)
-        status.close("cancelled", error.exit_code, signal=error.signal_name, reason=str(error))
-        raise
-    except BaseException as error:
-        code = exit_code_of(error)
-        _finish(wandb, code)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        status.close("failed", code, reason=reason)
-        raise
-
-
-def _finish(wandb: WandbLog | None, exit_code: int) -> None:
-    if wandb is not None:
-        wandb.finish(exit_code)
 
 
 class Loop:
@@ -170,11 +149,7 @@ class Loop:
                 self.folder.append_row(row)
                 wandb.log(row)
                 print(_line(row, steps), flush=True)
-                if self.counts.infra_share > MAX_INFRA_SHARE:
-                    raise InfraLimitError(
-                        f"{self.counts.infra} of {self.counts.scripts} scripts failed for reasons "
-                        "that are not theirs; see the sandbox's log and try again"
-                    )
+                check_infra(self.counts, "sandbox's log")
                 if reason := drift(self.rows, self.config.stop):
                     raise DivergedError(reason)
         except StoppedError:
@@ -254,26 +229,15 @@ class Loop:
 
     def result(self) -> dict[str, Any]:
         """What `result.json` holds."""
-        final = self.folder.checkpoints / f"step-{self.done}"
-        return {
-            "steps": self.done,
-            "checkpoint": str(final.relative_to(self.folder.path)),
-            "fingerprint": fingerprint(final),
-            "source": str(self.config.model.checkpoint),
-            "source_fingerprint": fingerprint(self.source),
-            "objective": self.config.objective,
-            "seed": self.config.seed,
-            "metrics": {k: v for k, v in self.rows[-1].items() if k not in ("step", "t")},
-            "tokens": self.counts.tokens,
-            "scripts": self.counts.scripts,
-            "infra_errors": self.counts.infra,
-            "cpu_seconds": round(self.counts.cpu_s, 3),
-            "seconds": round(self.counts.seconds, 3),
-            "device": str(self.engine.device),
-            "versions": {
-                name: package_version(name) for name in ("torch", "wandb", "scikit-learn")
-            },
-        }
+        return result_of(
+            self.config,
+            self.folder.checkpoints / f"step-{self.done}",
+            step=self.done,
+            row=self.rows[-1],
+            counts=self.counts,
+            source=fingerprint(self.source),
+            device=str(self.engine.device),
+        )
 
 
 # ------------------------------------------------------------------ small things

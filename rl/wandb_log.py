@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import RunConfig
+from rl.errors import exit_code_of
 from rl.run_dir import Row
 
 
@@ -56,6 +57,13 @@ class WandbLog:
         if self._run is not None:
             values = {key: value for key, value in row.items() if key not in ("step", "t")}
             self._run.log(values, step=int(row["step"]))
+
+    def __enter__(self) -> WandbLog:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Finished with the exit code that the command will have."""
+        self.finish(0 if error is None else exit_code_of(error))
 
     def finish(self, exit_code: int) -> None:
         """Flush and close; safe to call twice."""

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 from rl.checkpoints import fingerprint, resolve_checkpoint
 from rl.config import RunConfig, dump_config
-from rl.errors import DivergedError, StoppedError, exit_code_of
+from rl.errors import DivergedError
 from rl.forge.places import Places, read_note
 from rl.forge.resume import Start, find_start
 from rl.forge.supervisor import Supervisor
 from rl.objective_text import objective_text
 from rl.plan import async_text
-from rl.run_dir import Row, RunDir, Status
-from rl.step_metrics import drift
+from rl.run_dir import Row, RunDir
+from rl.run_end import result_of, run_status
+from rl.step_metrics import Counts, drift
 from rl.wandb_log import WandbLog
 
 
@@ -46,47 +46,30 @@ def run(config: RunConfig, path: Path, *, resume: bool, check: Callable[[], None
 
 
 def _run(config: RunConfig, folder: RunDir, source: Path, check: Callable[[], None]) -> None:
-    status = Status(folder.path / "status.json")
-    wandb: WandbLog | None = None
-    code = 0
-    try:
+    with run_status(folder) as status:
         check()
         start = find_start(folder, source, fingerprint(source))
-        wandb = WandbLog(config, folder.path, folder.wandb_id(), start.rows)
-        _announce(config, start, source)
-        device = start.note.get("device", "")
-        rows = _Rows(config, folder, start.rows, wandb)
-        if not start.note.get("last", False):
-            supervisor = Supervisor(
-                config,
-                folder,
-                source,
-                start,
-                on_row=lambda row: rows.add(row, supervisor.crew.tasks.domains),
-                check=check,
-            )
-            supervisor.run()
-            device = supervisor.device
-        folder.drop_trainer_state()
-        for weights in Places(folder.path).forge.glob("weights-*"):
-            shutil.rmtree(weights)
-        wandb.finish(0)
-        wandb = None
+        with WandbLog(config, folder.path, folder.wandb_id(), start.rows) as wandb:
+            _announce(config, start, source)
+            device = start.note.get("device", "")
+            rows = _Rows(config, folder, start.rows, wandb)
+            if not start.note.get("last", False):
+                supervisor = Supervisor(
+                    config,
+                    folder,
+                    source,
+                    start,
+                    on_row=lambda row: rows.add(row, supervisor.crew.tasks.domains),
+                    check=check,
+                )
+                supervisor.run()
+                device = supervisor.device
+            folder.drop_trainer_state()
+            for weights in Places(folder.path).forge.glob("weights-*"):
+                shutil.rmtree(weights)
         status.close("done", 0)
-        folder.write_result(_result(config, folder, source, device))
+        folder.write_result(_result(config, folder, device))
         print(folder.done_text(config.budget.steps), flush=True)
-    except StoppedError as error:
-        code = error.exit_code
-        status.close("cancelled", code, signal=error.signal_name, reason=str(error))
-        raise
-    except BaseException as error:
-        code = exit_code_of(error)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        status.close("failed", code, reason=reason)
-        raise
-    finally:
-        if wandb is not None:
-            wandb.finish(code)
 
 
 class _Rows:
@@ -105,27 +88,18 @@ class _Rows:
             raise DivergedError(reason)
 
 
-def _result(config: RunConfig, folder: RunDir, source: Path, device: str) -> dict[str, Any]:
+def _result(config: RunConfig, folder: RunDir, device: str) -> dict[str, Any]:
     final = (folder.checkpoints / "latest").resolve()
     note = read_note(final)
-    counts = note["counts"]
-    return {
-        "steps": note["step"],
-        "checkpoint": f"checkpoints/{final.name}",
-        "fingerprint": fingerprint(final),
-        "source": str(config.model.checkpoint),
-        "source_fingerprint": note["source"],
-        "objective": config.objective,
-        "seed": config.seed,
-        "metrics": {k: v for k, v in note["row"].items() if k not in ("step", "t")},
-        "tokens": counts["tokens"],
-        "scripts": counts["scripts"],
-        "infra_errors": counts["infra"],
-        "cpu_seconds": round(counts["cpu_s"], 3),
-        "seconds": round(counts["seconds"], 3),
-        "device": device or note["device"],
-        "versions": {name: package_version(name) for name in ("torch", "wandb", "scikit-learn")},
-    }
+    return result_of(
+        config,
+        final,
+        step=note["step"],
+        row=note["row"],
+        counts=Counts(**note["counts"]),
+        source=note["source"],
+        device=device or note["device"],
+    )
 
 
 def _announce(config: RunConfig, start: Start, source: Path) -> None:

@@ -30,7 +30,6 @@ from rl.errors import (
     ConfigError,
     DivergedError,
     InfraError,
-    InfraLimitError,
     UserError,
 )
 from rl.forge.engine_match import engine_match
@@ -43,12 +42,12 @@ from rl.learner import Learner
 from rl.mfu import mfu
 from rl.pool import Pool, StepRecord
 from rl.run_dir import RunDir
+from rl.run_end import check_infra
 from rl.step_metrics import Counts, perf_metrics, rollout_metrics
 from rl.trainer import Trainer, read_info
 from rl.types import CallRecord
 from rl.weight_sync import WeightPush
 
-MAX_INFRA_SHARE = 0.10
 Row = dict[str, Any]
 
 
@@ -158,11 +157,7 @@ class TrainerProcess:
             self.weights = self._save(message, self.row)
         if not self.last and (self._exact or not saved):
             self.weights = self._weights(message.step)
-        if self.counts.infra_share > MAX_INFRA_SHARE:
-            raise InfraLimitError(
-                f"{self.counts.infra} of {self.counts.scripts} scripts failed for reasons that are "
-                "not theirs; see the workers' logs and try again"
-            )
+        check_infra(self.counts, "workers' logs")
         return Stepped(message.step, self.trainer.version, str(self.weights), self.row, saved)
 
     # ---------------------------------------------------------- durable
