@@ -9,19 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint import load_model
 from model.generate import Engine
 from model.tokenizer import Tokenizer
-from rl.checkpoints import fingerprint, resolve_checkpoint
+from rl.checkpoints import resolve_checkpoint
 from rl.collect import Collected, LocalSource, PoolSource, Source
 from rl.config import RunConfig, dump_config
 from rl.device import pick_device, settle_threads
 from rl.errors import (
-    CheckpointStateError,
     ConfigError,
     DivergedError,
     StoppedError,
@@ -32,8 +30,9 @@ from rl.parts import Parts, PartsFactory
 from rl.pool import Pool, pool_at
 from rl.run_dir import Row, RunDir
 from rl.run_end import check_infra, result_of, run_status
+from rl.step_checkpoints import StepCheckpoints
 from rl.step_metrics import Counts, drift, perf_metrics, rollout_metrics
-from rl.trainer import Trainer, read_info
+from rl.trainer import Trainer
 from rl.tree_update import backward_packs
 from rl.wandb_log import WandbLog
 
@@ -117,6 +116,7 @@ class Loop:
         self.engine = Engine(model, max_batch=MAX_BATCH)
         self.trainer = Trainer(model, config.optim, backward_packs, config.optim.pack_tokens)
         self.learner = Learner(config, self.trainer, self.tokenizer.hash)
+        self.checkpoints = StepCheckpoints(config, folder, source, self.trainer, self.learner)
         self.counts = Counts()
         self.rows: list[Row] = []
         self.done = 0  # finished steps
@@ -188,43 +188,15 @@ class Loop:
 
     def restore(self, checkpoint: Path) -> list[Row]:
         """Continue from a step checkpoint; returns the rows that stand."""
-        info = read_info(checkpoint)
-        if info["source"] != fingerprint(self.source):
-            raise CheckpointStateError(
-                f"{self.source} is not the checkpoint that this run started from; put it back"
-            )
-        if not info.get("last", info["step"] == self.config.budget.steps):
-            self.trainer.load(checkpoint)
+        info = self.checkpoints.restore(checkpoint)
         self.done = self.saved = int(info["step"])
         self.counts = Counts(**info["counts"])
-        self.learner.experts.restore(info["experts"])
         self.rows = self.folder.keep_rows(self.done, info["row"])
         print(f"resumed after step {self.done}", flush=True)
         return self.rows
 
     def _save(self, row: Row) -> None:
-        info = {
-            "step": self.done,
-            "last": self.last,
-            "seed": self.config.seed,
-            "source": fingerprint(self.source),
-            "counts": asdict(self.counts),
-            "experts": self.learner.experts.state(),
-            "row": row,
-        }
-        metadata = {"step": self.done, "objective": self.config.objective}
-
-        def write(folder: Path) -> None:
-            self.trainer.save(
-                folder,
-                info,
-                tokenizer_from=self.source,
-                # the last checkpoint is served or started from, never resumed
-                with_state=not self.last,
-                metadata=metadata,
-            )
-
-        self.folder.save_checkpoint(self.done, write, self.config.keep_checkpoints)
+        self.checkpoints.save(self.done, row, self.counts, last=self.last)
         self.saved = self.done
 
     def result(self) -> dict[str, Any]:
@@ -235,7 +207,7 @@ class Loop:
             step=self.done,
             row=self.rows[-1],
             counts=self.counts,
-            source=fingerprint(self.source),
+            source=self.checkpoints.source_fingerprint,
             device=str(self.engine.device),
         )
 

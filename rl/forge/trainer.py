@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from model.checkpoint import load_model, save_checkpoint
 from model.errors import ModelError
 from model.tokenizer import Tokenizer
-from rl.checkpoints import fingerprint, resolve_checkpoint
+from rl.checkpoints import resolve_checkpoint
 from rl.config import RunConfig, load_config
 from rl.device import pick_device, settle_threads
 from rl.engine_http import HttpEngine
@@ -43,8 +42,9 @@ from rl.mfu import mfu
 from rl.pool import Pool, StepRecord
 from rl.run_dir import RunDir
 from rl.run_end import check_infra
+from rl.step_checkpoints import StepCheckpoints
 from rl.step_metrics import Counts, perf_metrics, rollout_metrics
-from rl.trainer import Trainer, read_info
+from rl.trainer import Trainer
 from rl.types import CallRecord
 from rl.weight_sync import WeightPush
 
@@ -64,6 +64,9 @@ class TrainerProcess:
         self._replay = ReplayedPacks(model.config)
         self.trainer = Trainer(model, config.optim, self._replay, config.optim.pack_tokens)
         self.learner = Learner(config, self.trainer, self.tokenizer.hash)
+        self.checkpoints = StepCheckpoints(
+            config, self.folder, self.source, self.trainer, self.learner
+        )
         self.counts = Counts()
         self.done, self.last = 0, False
         self.row: Row | None = None
@@ -75,19 +78,10 @@ class TrainerProcess:
             self._restore(latest)
 
     def _restore(self, checkpoint: Path) -> None:
-        info = read_info(checkpoint)
-        if info["source"] != fingerprint(self.source):
-            raise CheckpointStateError(
-                f"{self.source} is not the checkpoint that this run started from; put it back"
-            )
+        info = self.checkpoints.restore(checkpoint)
         self.last = bool(info["last"])
-        if self.last:
-            self.trainer.version = int(info["version"])
-        else:
-            self.trainer.load(checkpoint)
         self.done, self.row = int(info["step"]), info["row"]
         self.counts = Counts(**info["counts"])
-        self.learner.experts.restore(info["experts"])
         self.weights = checkpoint
         if self._exact and not self.last:
             self.weights = self._weights(self.done)
@@ -163,29 +157,14 @@ class TrainerProcess:
     # ---------------------------------------------------------- durable
 
     def _save(self, message: Step, row: Row) -> Path:
-        line = group_line(message, self.trainer.version)
-        info = {
-            "step": self.done,
-            "last": self.last,
-            "seed": self.config.seed,
-            "source": fingerprint(self.source),
-            "counts": asdict(self.counts),
-            "experts": self.learner.experts.state(),
-            "row": row,
+        more = {
             "device": str(self.trainer.model.device),
-            "forge": {"frontier": message.frontier, "groups": line},
+            "forge": {
+                "frontier": message.frontier,
+                "groups": group_line(message, self.trainer.version),
+            },
         }
-
-        def write(folder: Path) -> None:
-            self.trainer.save(
-                folder,
-                info,
-                tokenizer_from=self.source,
-                with_state=not self.last,
-                metadata={"step": self.done, "objective": self.config.objective},
-            )
-
-        return self.folder.save_checkpoint(self.done, write, self.config.keep_checkpoints)
+        return self.checkpoints.save(self.done, row, self.counts, last=self.last, more=more)
 
     def _weights(self, step: int) -> Path:
         """Weights alone, for the engine, in the type that the model computes in. All but those of
