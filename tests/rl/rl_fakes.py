@@ -17,7 +17,7 @@ from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
-from rl.config import RunConfig, load_config
+from rl.config import RunConfig, load_config, validate
 from rl.loop import Parts, run
 from rl.train import StopSignals
 from rl.types import CallRecord, ChatClient, Episode, RewardRecord, ScriptOutcome, Task
@@ -47,6 +47,23 @@ def tiny_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     )
     save_checkpoint(Transformer(config, seed=seed), folder, tokenizer_from=folder.parent / "tok")
     return folder
+
+
+def small_config(folder: Path, *, steps: int, **changes: object) -> RunConfig:
+    """A run of the tiny model in `folder`/start; `changes` are merged section by section."""
+    data: dict[str, object] = {
+        "model": {"checkpoint": str(folder / "start")},
+        "competitions": list(TASKS),
+        "budget": {"steps": steps, "scripts_per_step": 8, "tokens_per_script": 12},
+        "rollout": {"group_size": 4, "max_new_tokens": 12},
+        "optim": {"lr": 3e-3, "warmup_steps": 1, "micro_batch": 3},
+        "wandb": {"mode": "disabled"},
+        "device": "cpu",
+    }
+    for key, value in changes.items():
+        old = data.get(key)
+        data[key] = {**old, **value} if isinstance(old, dict) else value  # type: ignore[dict-item]
+    return validate(RunConfig, data, "test")
 
 
 class TextEnv:

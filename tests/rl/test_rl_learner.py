@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from rl_fakes import TASKS, TextEnv, text_parts, text_tasks, tiny_checkpoint
+from rl_fakes import TASKS, TextEnv, small_config, text_parts, text_tasks, tiny_checkpoint
 from safetensors.torch import load_file
 
 from model.checkpoint import load_model
@@ -21,7 +22,7 @@ from model.transformer import Transformer
 from rl import objectives, train
 from rl.backward import Sums, backward_rows
 from rl.cli import run_main
-from rl.config import OptimSection, RunConfig, validate
+from rl.config import OptimSection, RunConfig
 from rl.errors import ConfigError, RecordError
 from rl.learner import Learner
 from rl.loop import Parts, run
@@ -34,21 +35,7 @@ from rl.trainer import Trainer
 from rl.types import CallRecord, ChatClient, Episode, RewardRecord, Task
 from rl.window import Window
 
-
-def config_of(folder: Path, **changes: object) -> RunConfig:
-    data: dict[str, object] = {
-        "model": {"checkpoint": str(folder / "start")},
-        "competitions": list(TASKS),
-        "budget": {"steps": 3, "scripts_per_step": 8, "tokens_per_script": 12},
-        "rollout": {"group_size": 4, "max_new_tokens": 12},
-        "optim": {"lr": 3e-3, "warmup_steps": 1, "micro_batch": 3},
-        "wandb": {"mode": "disabled"},
-        "device": "cpu",
-    }
-    for key, value in changes.items():
-        old = data.get(key)
-        data[key] = {**old, **value} if isinstance(old, dict) else value  # type: ignore[dict-item]
-    return validate(RunConfig, data, "test")
+config_of = partial(small_config, steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from rl_fakes import TASKS, TextEnv, text_parts, text_tasks, tiny_checkpoint
+from rl_fakes import TASKS, TextEnv, small_config, text_parts, text_tasks, tiny_checkpoint
 from safetensors.torch import load_file
 
 from agent_tools.wandb_logs import read_run
 from rl.cli import run_main
-from rl.config import RunConfig, dump_config, validate
+from rl.config import RunConfig, dump_config
 from rl.errors import (
     CheckpointStateError,
     ConfigError,
@@ -36,20 +37,7 @@ from rl.types import ChatClient, Episode, Task
 FAKES = Path(__file__).with_name("rl_fakes.py")
 
 
-def config_of(folder: Path, **changes: object) -> RunConfig:
-    data: dict[str, object] = {
-        "model": {"checkpoint": str(folder / "start")},
-        "competitions": list(TASKS),
-        "budget": {"steps": 4, "scripts_per_step": 8, "tokens_per_script": 12},
-        "rollout": {"group_size": 4, "max_new_tokens": 12},
-        "optim": {"lr": 3e-3, "warmup_steps": 1, "micro_batch": 3},
-        "wandb": {"mode": "disabled"},
-        "device": "cpu",
-    }
-    for key, value in changes.items():
-        old = data.get(key)
-        data[key] = {**old, **value} if isinstance(old, dict) else value  # type: ignore[dict-item]
-    return validate(RunConfig, data, "test")
+config_of = partial(small_config, steps=4)
 
 
 @pytest.fixture(scope="module")
