@@ -4,8 +4,9 @@ A tree in pre-order may be cut anywhere: the tokens of a piece see tokens of ear
 those only the path that is open at the cut. So a piece attends to C carried keys, which are leaves
 of its graph, and to its own; what it computed itself can be carried on to later pieces.
 
-On a CPU that is `strands.strand_attention`; on CUDA compiled flex attention with a block mask of M
-queries by S keys, made as in `visible.block_mask`; in window layers on a CPU, in float64 on CUDA
+On a CPU that is `strands.strand_attention`; on CUDA `segments.segment_attention` where segments are
+long, else compiled flex attention with a block mask of M queries by S keys, made as in
+`visible.block_mask`; in window layers on a CPU, in float64 on CUDA
 and for many very short strands it is a boolean mask.
 
 Shapes: M own tokens, S = C + M, Q and T queries and keys with padding to whole blocks; N, K, D as
@@ -24,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from model.attention import scaled_attention
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.segments import PartChoice, segment_attention
 from model.strands import STRAND_PAIRS, Strand, find_strands, strand_attention
 from model.visible import (
     BLOCK,
@@ -66,6 +68,7 @@ class TreeAttend:
         self._plain = VisibleAttend(visibility, config)
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, tuple[BlockMask, int, int, int]] = {}
+        self._parts = PartChoice(visibility.tout_M, carried)
         self._strands: list[Strand] | None = None
         if visibility.depth_M.device.type == "cpu":
             depth_S = visibility.depth_M
@@ -92,6 +95,9 @@ class TreeAttend:
             return strand_attention(q_MND, k_SKD, v_SKD, self._strands).flatten(1)
         if not self.carried:
             return self._plain(layer, q_MND, k_MKD, v_MKD)
+        parts = self._parts(q_MND) if reach.window is None else None
+        if parts is not None:
+            return segment_attention(q_MND, k_SKD, v_SKD, parts).flatten(1)
         if q_MND.is_cuda and q_MND.dtype in FLEX_TYPES:
             return self._flex(reach, q_MND, k_SKD, v_SKD)
         if reach not in self._dense:

@@ -2,9 +2,10 @@
 
 Tokens lie in depth-first pre-order, so what continues a token is one interval that starts at it:
 token q sees token k exactly when k ≤ q and q < tout[k]. Window layers also ask how far k is back
-on the path, by depth (`window.Reach`). On CUDA that is compiled flex attention, whose block mask is
-made from the least and greatest `tout` and depth of each block of tokens: nothing there takes
-memory by the square of the tokens. Elsewhere, and in float64, it is a boolean mask.
+on the path, by depth (`window.Reach`). On CUDA long segments go through a causal kernel
+(`segments.py`), the rest through compiled flex attention, whose block mask is made from the least
+and greatest `tout` and depth of each block of tokens: nothing there takes memory by the square of
+the tokens. Elsewhere, and in float64, it is a boolean mask.
 
 Shapes: M tokens, T tokens with padding to whole blocks, n blocks, N query heads, K key heads,
 D head size.
@@ -25,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from model.attention import scaled_attention
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.segments import PartChoice, segment_attention
 from model.window import Reach, reach_of
 
 BLOCK = 128
@@ -147,6 +149,7 @@ class VisibleAttend:
         self.visibility, self.config = visibility, config
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, BlockMask] = {}
+        self._parts = PartChoice(visibility.tout_M)
         self.padding = whole_blocks(len(visibility), config) * BLOCK - len(visibility)
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
@@ -157,6 +160,9 @@ class VisibleAttend:
         if not len(q_MND):
             return q_MND.flatten(1)
         reach = reach_of(self.config, layer)
+        parts = self._parts(q_MND) if reach.window is None else None
+        if parts is not None:
+            return segment_attention(q_MND, k_MKD, v_MKD, parts).flatten(1)
         if q_MND.is_cuda and q_MND.dtype in FLEX_TYPES:
             q, k, v = (
                 F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x

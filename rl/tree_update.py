@@ -153,7 +153,7 @@ def backward_plan(
         run.pack(pack, pieces)
     return StepSums.of(
         run.terms,
-        sum(run.entropies),
+        sum(float(x) for x in run.entropies),
         table.nonfinite,
         figures=figures_of(plan),
         plan=plan,
@@ -218,7 +218,7 @@ class _Run:
         self.model, self.objective, self.temperature = model, objective, temperature
         self.table, self.count_load = table, count_load
         self.terms: list[Terms] = []
-        self.entropies: list[float] = []
+        self.entropies: list[Tensor] = []  # read at the end: the host does not wait in between
         self.load_LE: Tensor | None = None
 
     def pack(self, pack: Pack, pieces: Sequence[Piece]) -> None:
@@ -293,7 +293,7 @@ class _Run:
         )
         terms = self.objective.loss(tokens)
         self.terms.append(replace(terms, loss=terms.loss.detach()))
-        self.entropies.append(float(entropy_n.sum()))
+        self.entropies.append(entropy_n.sum())
         return terms.loss
 
 

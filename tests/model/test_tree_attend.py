@@ -37,9 +37,9 @@ def piece_of(tree, begin, end):
     return Visibility(tout_S, tree.depth_M[places_S]), open_C
 
 
-def drawn(tokens, heads, seed, dtype=torch.float64):
+def drawn(tokens, heads, seed, dtype=torch.float64, size=8):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, heads, 8, generator=generator, dtype=dtype, requires_grad=True)
+    return torch.randn(tokens, heads, size, generator=generator, dtype=dtype, requires_grad=True)
 
 
 def by_mask(q, k, v, mask):
@@ -143,7 +143,7 @@ def test_a_pieces_attention_on_cuda(dtype, tolerance):
         piece, open_C = piece_of(tree, begin, end)
         carried = len(open_C)
         values = [
-            drawn(n, h, i, torch.float32).detach()
+            drawn(n, h, i, torch.float32, size=32).detach()
             for i, (n, h) in enumerate([(end - begin, 8)] + 2 * [(len(piece), 2)])
         ]
         q, k, v = (x.double().requires_grad_() for x in values)

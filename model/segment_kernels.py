@@ -1,0 +1,118 @@
+"""The kernels of `segments.py`: torch's cuDNN and flash attention, and the joining of two parts.
+
+Shapes: s queries and j keys of a part, N query and K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.segments import Part
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings none
+    triton = None
+
+_aten = torch.ops.aten
+_TOKENS = 16  # of a program
+
+
+class TorchKernel:
+    """`segments.Kernel` in float16 and bfloat16: cuDNN where the part is planned, else flash
+    attention, whose causal rule for fewer queries than keys is a part's."""
+
+    def __init__(self) -> None:
+        self._states: dict[bool, tuple[Tensor, Tensor]] = {}  # of a dropout that is not used
+
+    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if part.planned:
+            found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, part.causal)
+        else:
+            found = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, part.causal)
+        self._states[part.planned] = found[6], found[7]
+        return found[0], found[1].view(q.shape[1], q.shape[2])
+
+    def backward(
+        self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = self._states[part.planned]
+        sizes = q.shape[2], k.shape[2]
+        found: tuple[Tensor, Tensor, Tensor]
+        if part.planned:
+            lse_1Ns1 = lse.view(1, *lse.shape, 1)
+            found = _aten._scaled_dot_product_cudnn_attention_backward(
+                *(grad, q, k, v, out, lse_1Ns1, first, second, None, None, None),
+                *(*sizes, 0.0, part.causal),
+            )
+        else:
+            found = _aten._scaled_dot_product_flash_attention_backward(
+                *(grad, q, k, v, out, lse[None], None, None, *sizes, 0.0, part.causal),
+                *(first, second),
+            )
+        return found
+
+
+def join(out_sND: Tensor, lse_Ns: Tensor, more_sND: Tensor, more_lse_Ns: Tensor) -> None:
+    """Make `out` and its log-sums, in place, those of one softmax over both parts' keys."""
+    if triton is not None and out_sND.is_cuda:
+        tokens, heads, size = out_sND.shape
+        _join[(triton.cdiv(tokens, _TOKENS), heads)](
+            *(out_sND, lse_Ns, more_sND, more_lse_Ns),
+            *(*out_sND.stride()[:2], *lse_Ns.stride(), *more_sND.stride()[:2]),
+            *more_lse_Ns.stride(),
+            tokens,
+            size,
+            _TOKENS,
+            triton.next_power_of_2(size),
+        )
+        return
+    both_Ns = torch.logaddexp(lse_Ns, more_lse_Ns)
+    old_sN1, more_sN1 = ((x - both_Ns).exp().t()[..., None] for x in (lse_Ns, more_lse_Ns))
+    out_sND.copy_(out_sND * old_sN1 + more_sND * more_sN1)
+    lse_Ns.copy_(both_Ns)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _join(
+        out_ptr,
+        lse_ptr,
+        more_ptr,
+        more_lse_ptr,
+        out_s,
+        out_n,
+        lse_n,
+        lse_s,
+        more_s,
+        more_n,
+        more_lse_n,
+        more_lse_s,
+        tokens,
+        size,
+        TOKENS: tl.constexpr,
+        SIZE: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        head = tl.program_id(1).to(tl.int64)
+        column = tl.arange(0, SIZE)
+        there = token < tokens
+        inside = there[:, None] & (column < size)[None, :]
+        lse_at = lse_ptr + head * lse_n + token * lse_s
+        out_at = out_ptr + head * out_n + token[:, None] * out_s + column[None, :]
+        more_at = more_ptr + head * more_n + token[:, None] * more_s + column[None, :]
+        a = tl.load(lse_at, mask=there)
+        b = tl.load(more_lse_ptr + head * more_lse_n + token * more_lse_s, mask=there)
+        most = tl.maximum(a, b)
+        a_part, b_part = tl.exp(a - most), tl.exp(b - most)
+        total = a_part + b_part
+        out = tl.load(out_at, mask=inside).to(tl.float32) * (a_part / total)[:, None]
+        out += tl.load(more_at, mask=inside).to(tl.float32) * (b_part / total)[:, None]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(lse_at, most + tl.log(total), mask=there)
