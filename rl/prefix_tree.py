@@ -4,11 +4,15 @@ A causal model's state at a token depends on the tokens before it alone. So amon
 batch every prefix that some of them share needs one computation; nothing else about the loss
 changes. This module lays calls out; it holds no tensor.
 
-*Layout.* Sort the calls by their ids. The tokens that a call does not share with the one before it,
-call after call, are the compressed trie of all calls in depth-first pre-order. In that order the
-descendants of a token are one interval that begins at it, so one number a token says who sees it:
+*Layout.* The calls are sorted so that those that begin alike are neighbours. The tokens that a call
+does not share with the one before it, call after call, are the compressed trie of all calls in
+depth-first pre-order. In that order the descendants of a token are one interval that begins at it,
+so one number a token says who sees it:
 
     query q sees key k  ⇔  k ≤ q < tout[k],        position of a token = depth on its path.
+
+Where calls part, the branch with the longest call comes first. So the path from a branch's first
+token to its deepest one is a single run, and attention sees few long causal runs.
 
 *Restore.* A response token is predicted by the token before it on its call's path. Each call keeps
 the packed indices of its predictors; its log-probs are gathered by them, and the objective is
@@ -87,11 +91,12 @@ class Pack:
 
 @dataclass(frozen=True)
 class Sorted:
-    """Calls in the order of their ids, without those that have no response.
+    """Calls in pre-order of their trie, longest branch first, without those that have no response.
 
     `rows[i]` is what must be computed of the i-th (all but its last token, which predicts nothing),
     `index[i]` its place in the sequence given, `shared[i]` the length of the prefix that it has in
-    common with the one before it (0 for the first), `labels[i]` (tokens of the row, X).
+    common with the one before it (0 for the first, the whole row where it is a prefix of others or
+    equals an earlier one), `labels[i]` (tokens of the row, X).
     """
 
     rows: tuple[Ints, ...]
@@ -117,19 +122,23 @@ Labels = Sequence[Ints | None]
 
 
 def sort_calls(calls: Sequence[Call], labels: Labels | None = None) -> Sorted:
-    """Order calls so that equal prefixes are neighbours.
+    """Order calls so that equal prefixes are neighbours, and the longest branch of each is first.
 
+    Branches of equal length keep the order of their ids, equal calls that of the sequence given.
     Raises ValueError for a call without a prompt: nothing would predict its first token; and for
     labels of another shape.
     """
     found = _rows(calls, labels)
+    if not found:
+        return Sorted((), (), ())
     # Bytes of big-endian numbers sort as the numbers do.
     key = [_joined(row, label).astype(">i4").tobytes() for _, row, label in found]
     order = sorted(range(len(found)), key=lambda i: (key[i], found[i][0]))
     found = [found[i] for i in order]
     joined = [_joined(row, label) for _, row, label in found]
-    shared = [0, *(_common(a, b) for a, b in pairwise(joined))]
-    return _sorted(found, shared[: len(found)])
+    common = [_common(a, b) for a, b in pairwise(joined)]
+    order, shared = _longest_first([len(row) for _, row, _ in found], common)
+    return _sorted([found[i] for i in order], shared)
 
 
 _Row = tuple[int, Ints, Ints | None]  # index, ids, labels
@@ -177,6 +186,51 @@ def _common(a_TX: Ints, b_TX: Ints) -> int:
     differs = a_TX[:length] != b_TX[:length]
     differs = differs[:, 0] if differs.shape[1] == 1 else differs.any(axis=1)
     return int(differs.argmax()) if differs.any() else length
+
+
+def _longest_first(lengths: Sequence[int], common: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Pre-order of sorted rows with the longest branch first; what each shares with the one before.
+
+    `common[i]`: tokens that rows i and i + 1 have in common; at least one row. Nodes are the rows,
+    which are leaves (as deep as its branch where a row is a prefix of others), and the branches,
+    numbered after them. The first branch, of depth 0, holds all.
+    """
+    rows = root = len(lengths)
+    depth = [*lengths, 0]
+    reach = [*lengths, 0]  # the longest row through a node
+    below: dict[int, list[int]] = {root: []}
+    path = [root]  # branches above the row at hand
+
+    def hang(node: int, branch: int) -> None:
+        below[branch].append(node)
+        reach[branch] = max(reach[branch], reach[node])
+
+    for row, turn in enumerate([*common, 0]):
+        node = row
+        while depth[path[-1]] > turn:  # branches that end with this row
+            branch = path.pop()
+            hang(node, branch)
+            node = branch
+        if depth[path[-1]] < turn:
+            path.append(len(depth))
+            depth.append(turn)
+            reach.append(0)
+            below[path[-1]] = []
+        hang(node, path[-1])
+
+    order: list[int] = []
+    shared: list[int] = []
+    todo = [(root, 0)]
+    while todo:
+        node, kept = todo.pop()
+        if node < rows:
+            order.append(node)
+            shared.append(kept)
+            continue
+        first, *others = sorted(below[node], key=reach.__getitem__, reverse=True)  # stable
+        todo += [(other, depth[node]) for other in reversed(others)]
+        todo.append((first, kept))
+    return order, shared
 
 
 def cut(found: Sorted, budget: int | None) -> list[range]:
