@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +28,30 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Strand:
-    """Own tokens [begin, end), and the places (d) among the S tokens of the path they hang from."""
+    """Own tokens [begin, end), and the path that they hang from: `runs` [start, stop) of the S
+    tokens, from the root on."""
 
     begin: int
     end: int
-    path_d: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def depth(self) -> int:
+        """d: tokens of the path."""
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def pairs(self) -> int:
+        """Query–key pairs that see each other."""
+        return len(self) * self.depth + len(self) * (len(self) + 1) // 2
+
+    @cached_property
+    def path_d(self) -> Tensor:
+        """Places of the path's tokens."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs or ((0, 0),)])
 
 
 def find_strands(depth_S: Tensor, carried: int = 0) -> list[Strand]:
@@ -39,16 +59,25 @@ def find_strands(depth_S: Tensor, carried: int = 0) -> list[Strand]:
 
     In pre-order a token that is one deeper than its predecessor continues it.
     """
-    path_S = torch.zeros(int(depth_S.max()) + 1 if len(depth_S) else 0, dtype=torch.long)
-    path_S[:carried] = torch.arange(carried)
-    turn_S = torch.ones(len(depth_S), dtype=torch.bool)
-    turn_S[carried + 1 :] = depth_S[carried + 1 :] != depth_S[carried:-1] + 1
-    begins = [carried + i for i in turn_S[carried:].nonzero()[:, 0].tolist()]
+    depth_s = depth_S.cpu()
+    turn_s = torch.ones(len(depth_s), dtype=torch.bool)
+    turn_s[carried + 1 :] = depth_s[carried + 1 :] != depth_s[carried:-1] + 1
+    begins = carried + turn_s[carried:].nonzero()[:, 0]
+    starts = depth_s[begins].tolist()
+    path = [(0, carried)] if carried else []  # runs of the path at hand
+    below = [0]  # the depth at which each run begins
     strands = []
-    for begin, end in zip(begins, [*begins[1:], len(depth_S)], strict=True):
-        start = int(depth_S[begin])
-        strands.append(Strand(begin - carried, end - carried, path_S[:start].clone()))
-        path_S[start : start + end - begin] = torch.arange(begin, end)
+    ends = [*begins[1:].tolist(), len(depth_s)]
+    for begin, end, depth in zip(begins.tolist(), ends, starts, strict=True):
+        while path and below[len(path) - 1] >= depth:
+            path.pop()
+        del below[len(path) :]
+        if path:
+            start = path[-1][0]
+            path[-1] = (start, start + depth - below[-1])
+        strands.append(Strand(begin - carried, end - carried, tuple(path)))
+        path.append((begin, end))
+        below.append(depth)
     return strands
 
 

@@ -4,10 +4,10 @@ A tree in pre-order may be cut anywhere: the tokens of a piece see tokens of ear
 those only the path that is open at the cut. So a piece attends to C carried keys, which are leaves
 of its graph, and to its own; what it computed itself can be carried on to later pieces.
 
-On a CPU that is `strands.strand_attention`; on CUDA `segments.segment_attention` where segments are
+On a CPU that is `strands.strand_attention`; on CUDA `part_attend.PartAttend` where strands are
 long, else compiled flex attention with a block mask of M queries by S keys, made as in
-`visible.block_mask`; in window layers on a CPU, in float64 on CUDA
-and for many very short strands it is a boolean mask.
+`visible.block_mask`; in window layers on a CPU, in float64 on CUDA and for many very short strands
+it is a boolean mask.
 
 Shapes: M own tokens, S = C + M, Q and T queries and keys with padding to whole blocks; N, K, D as
 in `attention.py`.
@@ -25,20 +25,18 @@ from torch.nn.attention.flex_attention import BlockMask
 from model.attention import scaled_attention
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.segments import PartChoice, segment_attention
-from model.strands import STRAND_PAIRS, Strand, find_strands, strand_attention
-from model.visible import (
+from model.flex import (
     BLOCK,
     FLEX_TYPES,
-    MaskMod,
-    Visibility,
-    VisibleAttend,
     compiled_flex,
-    dense_mask,
     flex,
     listed_blocks,
+    placed_mod,
     whole_blocks,
 )
+from model.part_attend import PartAttend
+from model.strands import STRAND_PAIRS, Strand, find_strands, strand_attention
+from model.visible import Visibility, VisibleAttend, dense_mask
 from model.window import Reach, reach_of
 
 MASK_COST = 1.3  # of a pair under a mask, over one without
@@ -68,7 +66,7 @@ class TreeAttend:
         self._plain = VisibleAttend(visibility, config)
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, tuple[BlockMask, int, int, int]] = {}
-        self._parts = PartChoice(visibility.tout_M, carried)
+        self._parts = PartAttend(visibility.tout_M, visibility.depth_M, config, carried)
         self._strands: list[Strand] | None = None
         if visibility.depth_M.device.type == "cpu":
             depth_S = visibility.depth_M
@@ -95,9 +93,9 @@ class TreeAttend:
             return strand_attention(q_MND, k_SKD, v_SKD, self._strands).flatten(1)
         if not self.carried:
             return self._plain(layer, q_MND, k_MKD, v_MKD)
-        parts = self._parts(q_MND) if reach.window is None else None
-        if parts is not None:
-            return segment_attention(q_MND, k_SKD, v_SKD, parts).flatten(1)
+        out = self._parts(q_MND, k_SKD, v_SKD) if reach.window is None else None
+        if out is not None:
+            return out.flatten(1)
         if q_MND.is_cuda and q_MND.dtype in FLEX_TYPES:
             return self._flex(reach, q_MND, k_SKD, v_SKD)
         if reach not in self._dense:
@@ -117,19 +115,6 @@ class TreeAttend:
             for x in (k_SKD, v_SKD)
         )
         return flex(q, k, v, mask, compiled_flex())[: len(q_MND)].flatten(1)
-
-
-def carried_mod(tout_T: Tensor, depth_T: Tensor, until_T: Tensor | None, at_Q: Tensor) -> MaskMod:
-    """`visible.mask_mod` for queries that stand at places `at_Q` among the keys."""
-
-    def full(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= at_Q[q]) & (at_Q[q] < tout_T[k])
-
-    def window(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert until_T is not None
-        return (k <= at_Q[q]) & (at_Q[q] < tout_T[k]) & (depth_T[at_Q[q]] < until_T[k])
-
-    return full if until_T is None else window
 
 
 def carried_mask(
@@ -169,7 +154,7 @@ def carried_mask(
         *listed_blocks(some_qk & ~all_qk),
         *listed_blocks(all_qk),
         BLOCK_SIZE=block,
-        mask_mod=carried_mod(tout_T, depth_T, until_T, place_T[begin:].contiguous()),
+        mask_mod=placed_mod(tout_T, place_T[begin:].contiguous(), depth_T, until_T),
         seq_lengths=(queries, keys),
     )
     return mask, gap, queries, keys

@@ -2,10 +2,10 @@
 
 Tokens lie in depth-first pre-order, so what continues a token is one interval that starts at it:
 token q sees token k exactly when k ≤ q and q < tout[k]. Window layers also ask how far k is back
-on the path, by depth (`window.Reach`). On CUDA long segments go through a causal kernel
-(`segments.py`), the rest through compiled flex attention, whose block mask is made from the least
-and greatest `tout` and depth of each block of tokens: nothing there takes memory by the square of
-the tokens. Elsewhere, and in float64, it is a boolean mask.
+on the path, by depth (`window.Reach`). On CUDA long strands go through causal kernels (`parts.py`),
+the rest through compiled flex attention, whose block mask is made from the least and greatest
+`tout` and depth of each block of tokens: nothing there takes memory by the square of the tokens.
+Elsewhere, and in float64, it is a boolean mask.
 
 Shapes: M tokens, T tokens with padding to whole blocks, n blocks, N query heads, K key heads,
 D head size.
@@ -13,27 +13,28 @@ D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from model.attention import scaled_attention
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.segments import PartChoice, segment_attention
+from model.flex import (
+    BLOCK,
+    FLEX_TYPES,
+    MaskMod,
+    compiled_flex,
+    flex,
+    listed_blocks,
+    whole_blocks,
+)
+from model.part_attend import PartAttend
 from model.window import Reach, reach_of
-
-BLOCK = 128
-MOST_VERSIONS = 64  # of it: kinds of layers × types × head counts, with gradient and without
-FLEX_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,6 @@ def block_mask(visibility: Visibility, reach: Reach, block: int = BLOCK) -> Bloc
     return mask
 
 
-def listed_blocks(mask_nn: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks are true in each row, and all of the row's blocks, the true ones first."""
-    count_n = mask_nn.sum(dim=-1, dtype=torch.int32)
-    order_nn = mask_nn.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return count_n[None, None], order_nn.to(torch.int32)[None, None].contiguous()
-
-
 class VisibleAttend:
     """Attention of flat tokens by their visibility, in every layer of a model of this config.
 
@@ -149,7 +143,7 @@ class VisibleAttend:
         self.visibility, self.config = visibility, config
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, BlockMask] = {}
-        self._parts = PartChoice(visibility.tout_M)
+        self._parts = PartAttend(visibility.tout_M, visibility.depth_M, config)
         self.padding = whole_blocks(len(visibility), config) * BLOCK - len(visibility)
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
@@ -160,9 +154,9 @@ class VisibleAttend:
         if not len(q_MND):
             return q_MND.flatten(1)
         reach = reach_of(self.config, layer)
-        parts = self._parts(q_MND) if reach.window is None else None
-        if parts is not None:
-            return segment_attention(q_MND, k_MKD, v_MKD, parts).flatten(1)
+        out = self._parts(q_MND, k_MKD, v_MKD) if reach.window is None else None
+        if out is not None:
+            return out.flatten(1)
         if q_MND.is_cuda and q_MND.dtype in FLEX_TYPES:
             q, k, v = (
                 F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x
@@ -184,32 +178,3 @@ class VisibleAttend:
             whole = self.visibility.padded(len(self.visibility) + self.padding)
             self._blocks[reach] = block_mask(whole, reach)
         return self._blocks[reach]
-
-
-def flex(
-    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: BlockMask, run: Callable[..., Any]
-) -> Tensor:
-    """`flex_attention`, compiled or not, of tokens in whole blocks; (T, N, D)."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
-    out: Tensor = run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
-
-
-def whole_blocks(tokens: int, config: ModelConfig) -> int:
-    """Blocks to pad this many tokens to.
-
-    Never as many as a fixed dimension has (or one): the compiler takes equal sizes for the same
-    size, and would make another version for packs of that length, and for the next length again.
-    """
-    fixed = (1, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    blocks = -(-tokens // BLOCK)
-    while blocks in fixed:
-        blocks += 1
-    return blocks
-
-
-@cache
-def compiled_flex() -> Callable[..., Any]:
-    """Compiled once for all lengths. Whole or not at all: uncompiled, it keeps every score."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

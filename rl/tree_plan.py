@@ -33,6 +33,7 @@ Split = Literal["auto", "repeat", "carry"]
 
 MARGIN = 0.05  # of the cost: what merging must save
 FORWARD = 1 / 3  # of a token's cost: a forward pass alone
+LONG = 2048
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class Costs:
     """Floating-point operations of a forward and backward pass, by token and by visible pair, and
     what starting a pass and starting a call's attention costs in the same unit.
 
-    `even_pair` is the part of a pair's cost that remains where all rows are whole and equally long
-    (a causal kernel without a mask).
+    `plain_pair` is the part of a pair's cost that remains where a causal kernel without a mask
+    computes it: in whole rows of one length, and for queries in runs of `LONG` tokens.
     """
 
     token: float
     pair: float
     start: float = 0.0
     row: float = 0.0
-    even_pair: float = 1.0
+    plain_pair: float = 1.0
 
     def of(self, pack: Pack, passes: int = 1) -> float:
         """Of a pack computed in so many passes."""
@@ -65,7 +66,8 @@ class Costs:
 
     def _sum(self, tokens: int, pairs: int, lengths: Ints, whole: bool, passes: int) -> float:
         even = whole and bool((lengths == lengths[0]).all())
-        pair = self.pair * (self.even_pair if even else 1.0)
+        plain = 1.0 if even else float(lengths[lengths >= LONG].sum()) / tokens
+        pair = self.pair * (1.0 - plain * (1.0 - self.plain_pair))
         return self.token * tokens + pair * pairs + self.start * passes + self.row * len(lengths)
 
 

@@ -96,7 +96,7 @@ def costs_of(model: Transformer) -> Costs:
     pair = 14.0 * config.query_size * layers
     token = 6.0 * layers * (attention + experts)
     if model.device.type == "cuda":
-        return Costs(token, pair, start=2e12, even_pair=0.8)
+        return Costs(token, pair, start=2e12, plain_pair=0.6)
     return Costs(token, pair, start=2e8, row=STRAND_PAIRS * pair)
 
 

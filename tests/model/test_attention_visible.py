@@ -13,15 +13,14 @@ from trees import NaiveAttend, naive_attention, random_calls, tree_of
 from model.attention import CausalAttend
 from model.config import FULL, WINDOW
 from model.errors import ModelError
+from model.flex import flex, whole_blocks
 from model.transformer import Transformer
 from model.visible import (
     Visibility,
     VisibleAttend,
     block_mask,
     dense_mask,
-    flex,
     row_visibility,
-    whole_blocks,
 )
 from model.window import EVERYTHING, Reach
 

@@ -9,9 +9,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from model.config import PRESETS
 from model.errors import ModelError
+from model.flex import BLOCK
 from model.strands import find_strands, strand_attention
 from model.tree_attend import TreeAttend, carried_mask
-from model.visible import BLOCK, Visibility, dense_mask
+from model.visible import Visibility, dense_mask
 from model.window import EVERYTHING, Reach
 
 

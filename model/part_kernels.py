@@ -1,17 +1,17 @@
-"""The kernels of `segments.py`: torch's cuDNN and flash attention, and the joining of two parts.
+"""The kernels of `parts.py`: torch's cuDNN and flash attention, and the joining of two parts.
 
 Shapes: s queries and j keys of a part, N query and K key heads, D head size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.segments import Part
+from model.parts import Part
 
 try:
     import triton
@@ -23,39 +23,79 @@ _aten = torch.ops.aten
 _TOKENS = 16  # of a program
 
 
-class TorchKernel:
-    """`segments.Kernel` in float16 and bfloat16: cuDNN where the part is planned, else flash
-    attention, whose causal rule for fewer queries than keys is a part's."""
+class Kernel(Protocol):
+    """Softmax attention of (s, N, D) over (j, K, D), with log-sums (N, s) in float32 or wider, by
+    the rule of a `Part`."""
 
-    def __init__(self) -> None:
-        self._states: dict[bool, tuple[Tensor, Tensor]] = {}  # of a dropout that is not used
-
-    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if part.planned:
-            found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, part.causal)
-        else:
-            found = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, part.causal)
-        self._states[part.planned] = found[6], found[7]
-        return found[0], found[1].view(q.shape[1], q.shape[2])
+    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        first, second = self._states[part.planned]
-        sizes = q.shape[2], k.shape[2]
-        found: tuple[Tensor, Tensor, Tensor]
+        """Gradients of q, k and v by an output and log-sums over more keys than these."""
+        ...
+
+
+class TorchKernel:
+    """In float16 and bfloat16: cuDNN where the part is planned, else flash attention, whose causal
+    rule for fewer queries than keys is a part's."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}  # of a dropout that is not used
+
+    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if part.lengths:
+            ends, most = _ends(part, q.device)
+            out, lse_Ns, *state, _ = _aten._flash_attention_forward(
+                *(q, k, v, ends, ends, most, most, 0.0, True, False)
+            )
+            self._states["rows"] = state[0], state[1]
+            return out, lse_Ns.view(q.shape[1], len(q))
+        q, k, v = _first(q), _first(k), _first(v)
         if part.planned:
-            lse_1Ns1 = lse.view(1, *lse.shape, 1)
+            found = _aten._scaled_dot_product_cudnn_attention(
+                *(q, k, v, None, True, 0.0, part.causal)
+            )
+        else:
+            found = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, part.causal)
+        self._states["planned" if part.planned else "flash"] = found[6], found[7]
+        return found[0][0].transpose(0, 1), found[1].view(q.shape[1], q.shape[2])
+
+    def backward(
+        self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if part.lengths:
+            ends, most = _ends(part, q.device)
+            dq, dk, dv = _aten._flash_attention_backward(
+                *(grad, q, k, v, out, lse, ends, ends, most, most, 0.0, True),
+                *self._states["rows"],
+            )
+            return dq, dk, dv
+        grad, q, k, v, out = (_first(x) for x in (grad, q, k, v, out))
+        sizes = q.shape[2], k.shape[2]
+        if part.planned:
             found = _aten._scaled_dot_product_cudnn_attention_backward(
-                *(grad, q, k, v, out, lse_1Ns1, first, second, None, None, None),
-                *(*sizes, 0.0, part.causal),
+                *(grad, q, k, v, out, lse.view(1, *lse.shape, 1), *self._states["planned"]),
+                *(None, None, None, *sizes, 0.0, part.causal),
             )
         else:
             found = _aten._scaled_dot_product_flash_attention_backward(
                 *(grad, q, k, v, out, lse[None], None, None, *sizes, 0.0, part.causal),
-                *(first, second),
+                *self._states["flash"],
             )
-        return found
+        dq, dk, dv = (x[0].transpose(0, 1) for x in found)
+        return dq, dk, dv
+
+
+def _ends(part: Part, device: torch.device) -> tuple[Tensor, int]:
+    """Where rows side by side end, the first place before them, and the longest."""
+    ends = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
+    return ends.to(device, non_blocking=True), max(part.lengths)
+
+
+def _first(x_sND: Tensor) -> Tensor:
+    """(1, N, s, D), as most kernels take it."""
+    return x_sND.transpose(0, 1)[None]
 
 
 def join(out_sND: Tensor, lse_Ns: Tensor, more_sND: Tensor, more_lse_Ns: Tensor) -> None:
