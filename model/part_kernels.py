@@ -1,17 +1,20 @@
 """The kernels of `parts.py`: torch's cuDNN and flash attention, and the joining of two parts.
 
-Shapes: s queries and j keys of a part, N query and K key heads, D head size.
+Shapes: s queries and j keys of a part, R queries and G keys of all rows, N query and K key heads, D
+head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from model.parts import Part
+from model.parts import Part, Row
 
 try:
     import triton
@@ -22,35 +25,58 @@ except ImportError:  # a CPU build of torch brings none
 _aten = torch.ops.aten
 _TOKENS = 16  # of a program
 
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows as tensors: which own tokens and which keys, row after row, and where rows end."""
+
+    query_R: Tensor
+    key_G: Tensor
+    ends_q: Tensor
+    ends_k: Tensor
+    most: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Places:
+        query_R = torch.cat([torch.arange(row.begin, row.end) for row in rows])
+        key_G = torch.cat([torch.arange(*run) for row in rows for run in row.runs])
+        sizes = [row.sizes for row in rows]
+        ends_q, ends_k = (
+            torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in zip(*sizes, strict=True)
+        )
+        most = max(q for q, _ in sizes), max(k for _, k in sizes)
+        query_R, key_G, ends_q, ends_k = (x.to(device) for x in (query_R, key_G, ends_q, ends_k))
+        return cls(query_R, key_G, ends_q, ends_k, most)
+
 
 class Kernel(Protocol):
-    """Softmax attention of (s, N, D) over (j, K, D), with log-sums (N, s) in float32 or wider, by
-    the rule of a `Part`."""
+    """Softmax attention of queries (s, N, D) over keys (j, K, D), with log-sums (N, s) in float32
+    or wider, by the rule of a `Part` or of rows. Backward: gradients of q, k and v by an output and
+    log-sums over more keys than these."""
 
-    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def part(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def backward(
+    def part_backward(
         self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v by an output and log-sums over more keys than these."""
-        ...
+    ) -> Grads: ...
+
+    def rows(self, rows: Places, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def rows_backward(
+        self, rows: Places, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Grads: ...
 
 
 class TorchKernel:
-    """In float16 and bfloat16: cuDNN where the part is planned, else flash attention, whose causal
-    rule for fewer queries than keys is a part's."""
+    """In float16 and bfloat16: cuDNN where a part is planned, else flash attention, whose causal
+    rule for fewer queries than keys is a row's."""
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[Tensor, Tensor]] = {}  # of a dropout that is not used
 
-    def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if part.lengths:
-            ends, most = _ends(part, q.device)
-            out, lse_Ns, *state, _ = _aten._flash_attention_forward(
-                *(q, k, v, ends, ends, most, most, 0.0, True, False)
-            )
-            self._states["rows"] = state[0], state[1]
-            return out, lse_Ns.view(q.shape[1], len(q))
+    def part(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = _first(q), _first(k), _first(v)
         if part.planned:
             found = _aten._scaled_dot_product_cudnn_attention(
@@ -61,36 +87,38 @@ class TorchKernel:
         self._states["planned" if part.planned else "flash"] = found[6], found[7]
         return found[0][0].transpose(0, 1), found[1].view(q.shape[1], q.shape[2])
 
-    def backward(
+    def part_backward(
         self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if part.lengths:
-            ends, most = _ends(part, q.device)
-            dq, dk, dv = _aten._flash_attention_backward(
-                *(grad, q, k, v, out, lse, ends, ends, most, most, 0.0, True),
-                *self._states["rows"],
-            )
-            return dq, dk, dv
+    ) -> Grads:
         grad, q, k, v, out = (_first(x) for x in (grad, q, k, v, out))
-        sizes = q.shape[2], k.shape[2]
         if part.planned:
             found = _aten._scaled_dot_product_cudnn_attention_backward(
                 *(grad, q, k, v, out, lse.view(1, *lse.shape, 1), *self._states["planned"]),
-                *(None, None, None, *sizes, 0.0, part.causal),
+                *(None, None, None, *part.sizes, 0.0, part.causal),
             )
         else:
             found = _aten._scaled_dot_product_flash_attention_backward(
-                *(grad, q, k, v, out, lse[None], None, None, *sizes, 0.0, part.causal),
+                *(grad, q, k, v, out, lse[None], None, None, *part.sizes, 0.0, part.causal),
                 *self._states["flash"],
             )
         dq, dk, dv = (x[0].transpose(0, 1) for x in found)
         return dq, dk, dv
 
+    def rows(self, rows: Places, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse_NR, *state, _ = _aten._flash_attention_forward(
+            *(q, k, v, rows.ends_q, rows.ends_k, *rows.most, 0.0, True, False)
+        )
+        self._states["rows"] = state[0], state[1]
+        return out, lse_NR.view(q.shape[1], len(q))
 
-def _ends(part: Part, device: torch.device) -> tuple[Tensor, int]:
-    """Where rows side by side end, the first place before them, and the longest."""
-    ends = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
-    return ends.to(device, non_blocking=True), max(part.lengths)
+    def rows_backward(
+        self, rows: Places, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Grads:
+        dq, dk, dv = _aten._flash_attention_backward(
+            *(grad, q, k, v, out, lse, rows.ends_q, rows.ends_k, *rows.most, 0.0, True),
+            *self._states["rows"],
+        )
+        return dq, dk, dv
 
 
 def _first(x_sND: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""How the attention of a pack or tree is divided among causal kernels and the flexible one (CUDA).
+"""How the attention of a pack or tree is divided among kernels that need no mask (CUDA).
 
 A *strand* (`strands.py`) sees itself causally, a square, and all of some earlier runs of tokens,
-rectangles; strands side by side that see the same run share its rectangle. Neither needs a mask,
-and cuDNN's kernel is almost twice as fast as flex attention there. It makes a plan for each pair of
-sizes, though, which takes 0.1 s. So squares and rectangles are cut into *parts* of sizes that come
-again, 16 to 32 an octave in squares, powers of two of queries by 8 numbers of keys an octave in
-rectangles; what is left goes to the flash kernel, which is half as fast and needs no plan. Strands
-too short for all that stay with flex attention.
+rectangles; strands side by side that see the same keys share a rectangle. cuDNN's kernel is almost
+twice as fast there as flex attention with a mask. It makes a plan for each pair of sizes, though,
+which takes 0.1 s. So squares and rectangles are cut into *parts* of sizes that come again: squares
+16 to 32 an octave, rectangles 2 an octave of queries by 8 of keys. What is left, ends of squares
+and whole short strands with the nearest keys of their path, is gathered for one call of the flash
+kernel, which takes rows of any lengths and is as fast as flex attention.
 
 No tensors here. Own tokens are counted from 0, keys among the S = C + M tokens with C carried.
 """
@@ -15,33 +15,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 
 from model.strands import Strand
 
 LEAST = 1024  # queries and keys of a part that has a plan
 MOST_QUERIES = 65_536  # of a rectangle with a plan
-MOST_STRANDS = 512  # for which calls of their own are considered where they are short
-# Costs, measured on one H100, in pairs of flex attention: of a pair, of a part, of a query in a
-# rectangle (dearer to differentiate, and joined to what it had), and of a call of flex attention.
+MOST_STRANDS = 4096  # with more, all is left to flex attention
+MOST_GATHERED = 4  # keys that are gathered, over all tokens
+# Costs, measured on one H100, in pairs of flex attention: of a pair, of a call, of a query in a
+# rectangle (dearer to differentiate, and joined to what it had), and of a key that is gathered.
 PLANNED_PAIR, FLASH_PAIR = 0.56, 1.0
-PART_COST, JOIN_COST, REST_COST = 1_500_000, 400, 3_000_000
+CALL_COST, JOIN_COST, GATHER_COST = 1_500_000, 400, 30
+
+Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel call: own tokens `queries` by `keys` of the S tokens.
+    """A square or rectangle: own tokens `queries` by `keys` of the S tokens.
 
-    causal: the last query sees all keys, each one before it one less. Else each sees all, and the
-    result is joined to what these queries have from parts before. lengths: rows side by side, each
-    causal in itself. planned: for cuDNN.
+    causal: a square, and each query sees the keys up to itself. Else each sees all, and the result
+    is joined to what these queries have from parts before. planned: for cuDNN.
     """
 
     queries: slice
     keys: slice
     causal: bool
-    planned: bool = False
-    lengths: tuple[int, ...] = ()
+    planned: bool
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -50,118 +51,148 @@ class Part:
     @property
     def pairs(self) -> int:
         queries, keys = self.sizes
-        if self.lengths:
-            return sum(length * (length + 1) // 2 for length in self.lengths)
-        return queries * keys - (queries * (queries - 1) // 2 if self.causal else 0)
+        return queries * (queries + 1) // 2 if self.causal else queries * keys
 
     @property
     def cost(self) -> float:
         pair = PLANNED_PAIR if self.planned else FLASH_PAIR
-        return pair * self.pairs + PART_COST + (0 if self.causal else JOIN_COST * self.sizes[0])
+        return pair * self.pairs + CALL_COST + (0 if self.causal else JOIN_COST * self.sizes[0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """Own tokens [begin, end) by the keys of `runs`; the last query sees all of them, each one
+    before it one less."""
+
+    begin: int
+    end: int
+    runs: tuple[Run, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.end - self.begin, sum(stop - start for start, stop in self.runs)
+
+    @property
+    def pairs(self) -> int:
+        queries, keys = self.sizes
+        return queries * keys - queries * (queries - 1) // 2
 
 
 @dataclass(frozen=True)
 class Division:
-    """`parts` in the order in which they are joined, and the strands left to flex attention."""
+    """Squares and rows, which cover each own token once, and the rectangles joined to them."""
 
-    parts: tuple[Part, ...]
-    rest: tuple[Strand, ...]
+    squares: tuple[Part, ...]
+    rows: tuple[Row, ...]
+    rectangles: tuple[Part, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Query–key pairs that see each other."""
+        parts = sum(part.pairs for part in (*self.squares, *self.rectangles))
+        return parts + sum(row.pairs for row in self.rows)
+
+    @property
+    def gathered(self) -> int:
+        """Keys of all rows."""
+        return sum(row.sizes[1] for row in self.rows)
 
     @property
     def cost(self) -> float:
-        rest = sum(strand.pairs for strand in self.rest) + REST_COST if self.rest else 0
-        return sum(part.cost for part in self.parts) + rest
+        rows = FLASH_PAIR * sum(row.pairs for row in self.rows) + GATHER_COST * self.gathered
+        rows += CALL_COST if self.rows else 0
+        return rows + sum(part.cost for part in (*self.squares, *self.rectangles))
 
 
 def divide(strands: Sequence[Strand], carried: int = 0) -> Division | None:
-    """The cheapest of four divisions: long strands in parts; also short ones that many share a run
-    with; all, if there are few; none (None)."""
-    taken = {i for i, strand in enumerate(strands) if len(strand) >= LEAST}
-    choices = [taken, taken | _families(strands)]
-    if len(strands) <= MOST_STRANDS:
-        choices.append(set(range(len(strands))))
-    best, least = None, float(sum(strand.pairs for strand in strands))
-    for choice in choices:
-        if choice:
-            found = division(strands, choice, carried)
-            if found.cost < least:
-                best, least = found, found.cost
-    return best
+    """The parts, or None where flex attention over all takes less."""
+    if not strands or len(strands) > MOST_STRANDS or max(s.end for s in strands) < LEAST:
+        return None
+    found = division(strands, carried)
+    many = found.gathered > MOST_GATHERED * (carried + strands[-1].end)
+    return None if many or found.cost >= found.pairs else found
 
 
-def _families(strands: Sequence[Strand]) -> set[int]:
-    """Strands side by side that hang at one place, together long enough for a rectangle."""
-    found: set[int] = set()
-    for runs, family in groupby(range(len(strands)), lambda i: strands[i].runs):
-        members = list(family)
-        long = sum(len(strands[i]) for i in members) >= LEAST
-        if long and any(stop - start >= LEAST for start, stop in runs):
-            found.update(members)
-    return found
-
-
-def division(strands: Sequence[Strand], taken: set[int], carried: int = 0) -> Division:
-    """Those strands in parts, the others left."""
-    chosen = [strand for i, strand in enumerate(strands) if i in taken]
-    parts = [*_squares(chosen, carried), *_rectangles(chosen)]
-    return Division(tuple(parts), tuple(s for i, s in enumerate(strands) if i not in taken))
-
-
-def _squares(strands: Sequence[Strand], carried: int) -> Iterator[Part]:
-    """What strands see of themselves; short ones side by side in one call."""
-    short: list[Strand] = []
+def division(strands: Sequence[Strand], carried: int = 0) -> Division:
+    """The parts of these strands, which cover the own tokens in order."""
+    near: dict[int, list[Run]] = {strand.begin: [] for strand in strands}
+    rectangles = tuple(_rectangles(strands, near))
+    squares: list[Part] = []
+    rows: list[Row] = []
     for strand in strands:
         planned = _floor(len(strand), 32 if len(strand) >= 8 * LEAST else 16)
-        if short and (planned or strand.begin != short[-1].end):
-            yield _side_by_side(short, carried)
-            short = []
-        if not planned:
-            short.append(strand)
-            continue
         begin, split, end = strand.begin, strand.begin + planned, strand.end
-        yield Part(
-            slice(begin, split), slice(carried + begin, carried + split), causal=True, planned=True
-        )
+        own = carried + begin
+        if planned:
+            squares.append(Part(slice(begin, split), slice(own, own + planned), True, True))
         if split < end:
-            yield Part(slice(split, end), slice(carried + begin, carried + end), causal=True)
-    if short:
-        yield _side_by_side(short, carried)
+            rows.append(Row(split, end, (*near[begin], (own, carried + end))))
+    return Division(tuple(squares), tuple(rows), rectangles)
 
 
-def _side_by_side(strands: Sequence[Strand], carried: int) -> Part:
-    begin, end = strands[0].begin, strands[-1].end
-    lengths = tuple(map(len, strands)) if len(strands) > 1 else ()
-    return Part(slice(begin, end), slice(carried + begin, carried + end), True, lengths=lengths)
-
-
-def _rectangles(strands: Sequence[Strand]) -> Iterator[Part]:
-    """What strands see of earlier runs."""
-    wide: dict[tuple[int, int], tuple[int, int]] = {}
+def _rectangles(strands: Sequence[Strand], near: dict[int, list[Run]]) -> Iterator[Part]:
+    """What strands see of their paths. What a short strand does not share with enough others is
+    noted in `near`."""
+    groups: dict[int, list[_Step]] = {}  # of strands side by side, by where a run begins
     for strand in strands:
-        for run in strand.runs:
-            begin, end = wide.get(run, (0, -1))
-            if end != strand.begin:
-                if end >= 0:
-                    yield from _rectangle(begin, end, run)
-                begin = strand.begin
-            wide[run] = begin, strand.end
-    for run, (begin, end) in wide.items():
-        yield from _rectangle(begin, end, run)
+        for start, stop in strand.runs:
+            group = groups.setdefault(start, [])
+            if group and group[-1].strand.end != strand.begin:
+                yield from _staircase(group, start, near)
+                group.clear()
+            group.append(_Step(strand, stop))
+    for start, group in groups.items():
+        yield from _staircase(group, start, near)
 
 
-def _rectangle(begin: int, end: int, run: tuple[int, int]) -> Iterator[Part]:
-    """Queries in powers of two by as many keys as have a plan; then the other keys; then the other
-    queries."""
-    start, stop = run
+@dataclass(frozen=True)
+class _Step:
+    """A strand that sees a run of keys up to `stop`."""
+
+    strand: Strand
+    stop: int
+
+
+def _staircase(group: Sequence[_Step], start: int, near: dict[int, list[Run]]) -> Iterator[Part]:
+    """Keys from `start` on by strands side by side: what all of them see in one rectangle, then
+    each half of those that see more."""
+    tokens = group[-1].strand.end - group[0].strand.begin
+    least = min(step.stop for step in group)
+    if tokens < LEAST:
+        for step in group:
+            if start < step.stop:
+                near[step.strand.begin].append((start, step.stop))
+        return
+    if len(group) == 1 or least - start >= LEAST:
+        yield from _rectangle(group[0].strand.begin, group[-1].strand.end, start, least)
+        start = least
+    for part in _side_by_side([step for step in group if step.stop > start]):
+        if len(part) == 1:
+            yield from _staircase(part, start, near)
+        else:
+            half = len(part) // 2
+            yield from _staircase(part[:half], start, near)
+            yield from _staircase(part[half:], start, near)
+
+
+def _side_by_side(group: Sequence[_Step]) -> Iterator[Sequence[_Step]]:
+    """Maximal runs of strands without others between them."""
+    turns = [i for i, (a, b) in enumerate(pairwise(group), 1) if a.strand.end != b.strand.begin]
+    for begin, end in pairwise([0, *turns, len(group)] if group else []):
+        yield group[begin:end]
+
+
+def _rectangle(begin: int, end: int, start: int, stop: int) -> Iterator[Part]:
+    """In planned sizes as far as that goes: then the other keys, then the other queries."""
     split = start + _floor(stop - start, 8)
     at = begin
-    while split > start and (size := _floor(min(end - at, MOST_QUERIES), 1)):
-        yield Part(slice(at, at + size), slice(start, split), causal=False, planned=True)
+    while split > start and (size := _floor(min(end - at, MOST_QUERIES), 2)):
+        yield Part(slice(at, at + size), slice(start, split), False, planned=True)
         at += size
     if begin < at and split < stop:
-        yield Part(slice(begin, at), slice(split, stop), causal=False)
+        yield Part(slice(begin, at), slice(split, stop), False, planned=False)
     if at < end:
-        yield Part(slice(at, end), slice(start, stop), causal=False)
+        yield Part(slice(at, end), slice(start, stop), False, planned=False)
 
 
 def _floor(size: int, steps: int) -> int:

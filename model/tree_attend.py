@@ -66,7 +66,7 @@ class TreeAttend:
         self._plain = VisibleAttend(visibility, config)
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, tuple[BlockMask, int, int, int]] = {}
-        self._parts = PartAttend(visibility.tout_M, visibility.depth_M, config, carried)
+        self._parts = PartAttend(visibility.depth_M, carried)
         self._strands: list[Strand] | None = None
         if visibility.depth_M.device.type == "cpu":
             depth_S = visibility.depth_M

@@ -143,7 +143,7 @@ class VisibleAttend:
         self.visibility, self.config = visibility, config
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, BlockMask] = {}
-        self._parts = PartAttend(visibility.tout_M, visibility.depth_M, config)
+        self._parts = PartAttend(visibility.depth_M)
         self.padding = whole_blocks(len(visibility), config) * BLOCK - len(visibility)
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:

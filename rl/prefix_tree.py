@@ -267,7 +267,8 @@ def lay_out(calls: Sequence[Call], found: Sorted, run: range | None = None) -> P
     run = range(len(found.rows)) if run is None else run
     longest = max(len(found.rows[i]) for i in run)
     total = sum(len(found.rows[i]) for i in run) - sum(found.shared[i] for i in run[1:])
-    ids_M, depth_M, tout_M, calls_M = (np.zeros(total, np.int64) for _ in range(4))
+    ids_M, depth_M, tout_M = (np.zeros(total, np.int64) for _ in range(3))
+    ends_M = np.zeros(total + 1, np.int64)  # calls that end at the token before
     path = np.zeros(longest, np.int64)  # packed index of each token of the call at hand
     size = length = 0
     parts: list[tuple[Ints, Ints, Ints, Ints]] = []
@@ -279,7 +280,7 @@ def lay_out(calls: Sequence[Call], found: Sorted, run: range | None = None) -> P
         path[kept:length] = np.arange(size, size + more)
         ids_M[size : size + more] = row[kept:]
         depth_M[size : size + more] = np.arange(kept, length)
-        calls_M[path[:length]] += 1
+        ends_M[path[length - 1] + 1] += 1
         size += more
         if found.labels is not None:
             labels.append(found.labels[i][kept:])
@@ -294,6 +295,8 @@ def lay_out(calls: Sequence[Call], found: Sorted, run: range | None = None) -> P
             )
         )
     tout_M[path[:length]] = size
+    ends_M = ends_M.cumsum()
+    calls_M = ends_M[tout_M] - ends_M[:-1]  # the calls through a token end in its interval
     labels_MX = np.concatenate(labels) if labels else None
     predictor_n, target_n, call_n, offset_n = (np.concatenate(x) for x in zip(*parts, strict=True))
     found_n = predictor_n, target_n, call_n, offset_n

@@ -58,6 +58,15 @@ class Costs:
         whole = not pack.depth_M[starts].any()
         return self._sum(pack.tokens, pack.pairs, lengths, whole, passes)
 
+    def of_run(self, found: Sorted, run: range) -> float:
+        """Of a run of sorted calls as one pack, before it is laid out."""
+        ends = np.array([len(found.rows[i]) for i in run])
+        kept = np.array([0, *found.shared[run.start + 1 : run.stop]])
+        tokens, pairs = int((ends - kept).sum()), int((ends * (ends + 1) - kept * (kept + 1)).sum())
+        adds = ends > kept
+        whole = not kept[adds].any()
+        return self._sum(tokens, pairs // 2, (ends - kept)[adds], whole, 1)
+
     def of_rows(self, rows: Sequence[Ints], budget: int) -> float:
         """Of calls one by one, in passes of at most `budget` tokens."""
         lengths = np.array([len(row) for row in rows])
@@ -140,11 +149,6 @@ def plan_step(
     return plan_layout(calls, tree.apart(), budget, costs, split, plain_cost)
 
 
-_Priced = tuple[
-    float, tuple[Pack, ...], tuple[tuple[Piece, ...], ...], Literal["repeat", "carry"], int
-]
-
-
 def plan_layout(
     calls: Sequence[Call],
     found: Sorted,
@@ -158,7 +162,11 @@ def plan_layout(
         plain_cost = costs.of_rows(found.rows, budget)
     merged = any(found.shared)
     call_tokens = sum(len(row) for row in found.rows)
-    plans: list[_Priced] = []
+    runs = []
+    repeated = float("inf")
+    if split == "repeat" or (split == "auto" and max(map(len, found.rows)) <= budget):
+        runs = cut(found, budget)
+        repeated = sum(costs.of_run(found, run) for run in runs)
     if split != "repeat":
         pack = lay_out(calls, found)
         pieces = carried_pieces(pack, cut_points(pack, budget, costs))
@@ -166,13 +174,12 @@ def plan_layout(
         depths = pack.depth_M[open_M]
         again = costs.token * len(open_M) + costs.pair * float(depths.sum() + len(depths))
         cost = costs.of(pack, len(pieces)) + again * FORWARD
-        plans.append((cost, (pack,), (pieces,), "carry", len(open_M)))
-    if split == "repeat" or (split == "auto" and max(map(len, found.rows)) <= budget):
-        packs = tuple(lay_out(calls, found, run) for run in cut(found, budget))
-        whole = tuple((Piece(np.arange(p.tokens), np.zeros(0, np.int64)),) for p in packs)
-        plans.append((sum(costs.of(p) for p in packs), packs, whole, "repeat", 0))
-    cost, packs, parts, how, opened = min(plans, key=lambda plan: plan[0])
-    return Plan(packs, parts, merged, how, call_tokens, opened, cost / plain_cost)
+        if cost <= repeated:
+            share = cost / plain_cost
+            return Plan((pack,), (pieces,), merged, "carry", call_tokens, len(open_M), share)
+    packs = tuple(lay_out(calls, found, run) for run in runs)
+    whole = tuple((Piece(np.arange(p.tokens), np.zeros(0, np.int64)),) for p in packs)
+    return Plan(packs, whole, merged, "repeat", call_tokens, 0, repeated / plain_cost)
 
 
 def cut_points(pack: Pack, budget: int, costs: Costs) -> list[int]:

@@ -1,77 +1,93 @@
 """Attention divided in parts against the rule as a mask, with kernels written out in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from model import parts
-from model.config import PRESETS
-from model.part_attend import PartAttend, Rest, divided_attention, suits
-from model.part_kernels import join
-from model.parts import Part, divide, division
+from model.part_attend import PartAttend, divided_attention, suits
+from model.part_kernels import Places, join
+from model.parts import Part, Row, divide, division
 from model.strands import Strand, find_strands
-from model.visible import dense_mask, row_visibility
+from model.visible import Visibility, dense_mask, row_visibility
 from model.window import EVERYTHING
 from tests.model.test_tree_attend import by_mask, drawn, piece_of, random_tree
-
-CONFIG = PRESETS["nano"]
 
 
 class Plain:
     """The kernels' contract, score by score."""
 
     def __init__(self):
-        self.calls = []
+        self.calls = 0
 
-    def scores(self, part, q, k):
+    def part(self, part, q, k, v):
+        self.calls += 1
         assert part.sizes == (len(q), len(k))
-        share = q.shape[1] // k.shape[1]
-        k_all = k.repeat_interleave(share, 1)
-        scores = torch.einsum("snd,jnd->nsj", q, k_all) / q.shape[2] ** 0.5
+        return forward(q, k, v, self.seen_by(part))
+
+    def part_backward(self, part, grad, q, k, v, out, lse):
+        return backward(grad, q, k, v, out, lse, self.seen_by(part))
+
+    def seen_by(self, part):
         seen = torch.ones(part.sizes, dtype=torch.bool)
-        if part.causal:
-            seen = seen.tril(part.sizes[1] - part.sizes[0])
-        if part.lengths:
-            row = torch.arange(len(part.lengths)).repeat_interleave(torch.tensor(part.lengths))
-            seen &= row[:, None] == row
-        return scores.masked_fill(~seen, -torch.inf)
+        return seen.tril() if part.causal else seen
 
-    def forward(self, part, q, k, v):
-        self.calls.append(part)
-        scores = self.scores(part, q, k)
-        lse = scores.logsumexp(2)
-        weights = (scores - lse[..., None]).exp()
-        share = q.shape[1] // k.shape[1]
-        return torch.einsum("nsj,jnd->snd", weights, v.repeat_interleave(share, 1)), lse
+    def rows(self, rows, q, k, v):
+        return forward(q, k, v, self.seen_in(rows))
 
-    def backward(self, part, grad, q, k, v, out, lse):
-        share = q.shape[1] // k.shape[1]
-        weights = (self.scores(part, q, k) - lse[..., None]).exp()
-        k_all, v_all = (x.repeat_interleave(share, 1) for x in (k, v))
-        inner = torch.einsum("snd,jnd->nsj", grad, v_all) - (grad * out).sum(2).t()[..., None]
-        ds = weights * inner / q.shape[2] ** 0.5
-        dk = torch.einsum("nsj,snd->jnd", ds, q)
-        dv = torch.einsum("nsj,snd->jnd", weights, grad)
-        fold = (x.view(len(k), k.shape[1], share, -1).sum(2) for x in (dk, dv))
-        return torch.einsum("nsj,jnd->snd", ds, k_all), *fold
+    def rows_backward(self, rows, grad, q, k, v, out, lse):
+        return backward(grad, q, k, v, out, lse, self.seen_in(rows))
+
+    def seen_in(self, rows):
+        seen = torch.zeros(int(rows.ends_q[-1]), int(rows.ends_k[-1]), dtype=torch.bool)
+        ends = zip(pairwise(rows.ends_q.tolist()), pairwise(rows.ends_k.tolist()), strict=True)
+        for (q0, q1), (k0, k1) in ends:
+            assert q1 - q0 <= rows.most[0] and k1 - k0 <= rows.most[1]
+            whole = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+            seen[q0:q1, k0:k1] = whole.tril((k1 - k0) - (q1 - q0))
+        return seen
 
 
-def check(piece, carried, found, kernel, kinds):
-    """Output and gradients of a division, whose rest goes through reference flex attention."""
+def weights_of(q, k, seen):
+    k_all = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("snd,jnd->nsj", q, k_all) / q.shape[2] ** 0.5
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def forward(q, k, v, seen):
+    scores = weights_of(q, k, seen)
+    lse = scores.logsumexp(2)
+    v_all = v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return torch.einsum("nsj,jnd->snd", (scores - lse[..., None]).exp(), v_all), lse
+
+
+def backward(grad, q, k, v, out, lse, seen):
+    share = q.shape[1] // k.shape[1]
+    weights = (weights_of(q, k, seen) - lse[..., None]).exp()
+    k_all, v_all = (x.repeat_interleave(share, 1) for x in (k, v))
+    inner = torch.einsum("snd,jnd->nsj", grad, v_all) - (grad * out).sum(2).t()[..., None]
+    ds = weights * inner / q.shape[2] ** 0.5
+    dk = torch.einsum("nsj,snd->jnd", ds, q)
+    dv = torch.einsum("nsj,snd->jnd", weights, grad)
+    fold = (x.view(len(k), k.shape[1], share, -1).sum(2) for x in (dk, dv))
+    return torch.einsum("nsj,jnd->snd", ds, k_all), *fold
+
+
+def check(piece, carried, kinds):
+    """Output and gradients of a division against the mask."""
+    found = division(find_strands(piece.depth_M, carried), carried)
     own = len(piece) - carried
     q, k, v = (drawn(n, h, i) for i, (n, h) in enumerate([(own, 4)] + 2 * [(len(piece), kinds)]))
-    rest = Rest(found, piece.tout_M, CONFIG, carried) if found.rest else None
-    with torch.set_grad_enabled(rest is None):  # reference flex attention has no backward pass
-        out = divided_attention(q, k, v, found, rest, kernel, flex_attention)
-    assert kernel.calls == list(found.parts)
+    places = Places.of(found.rows, q.device) if found.rows else None
+    kernel = Plain()
+    out = divided_attention(q, k, v, found, places, kernel)
+    assert kernel.calls == len(found.squares) + len(found.rectangles)
     seen_MS = dense_mask(piece, EVERYTHING)[carried:]
-    left = sum(strand.pairs for strand in found.rest)
-    assert sum(part.pairs for part in found.parts) + left == int(seen_MS.sum())
+    assert found.pairs == int(seen_MS.sum())
     expected = by_mask(q, k, v, seen_MS)
     grad = torch.randn_like(out)
     assert (out - expected).abs().max() < 1e-13
-    if rest is not None:
-        return
     pairs = zip(
         torch.autograd.grad(out, (q, k, v), grad),
         torch.autograd.grad(expected, (q, k, v), grad),
@@ -79,6 +95,7 @@ def check(piece, carried, found, kernel, kinds):
     )
     for mine, theirs in pairs:
         assert (mine - theirs).abs().max() < 1e-13
+    return found
 
 
 @pytest.fixture(params=[7, parts.LEAST], ids=["many parts", "few parts"])
@@ -93,22 +110,17 @@ def least(request, monkeypatch):
 @pytest.mark.parametrize("begin", [0, 37])
 def test_parts_are_the_rule_forward_and_backward(kinds, turn, begin, least):
     piece, open_C = piece_of(random_tree(90, seed=kinds, turn=turn), begin, 90)
-    strands = find_strands(piece.depth_M, len(open_C))
-    everything = division(strands, set(range(len(strands))), len(open_C))
-    assert not everything.rest
-    check(piece, len(open_C), everything, Plain(), kinds)
+    check(piece, len(open_C), kinds)
 
 
 @pytest.mark.parametrize("begin", [0, 150])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_left_goes_through_flex_attention(begin, seed, monkeypatch):
+def test_larger_trees_with_every_kind_of_part(begin, seed, monkeypatch):
     monkeypatch.setattr(parts, "LEAST", 16)
-    piece, open_C = piece_of(random_tree(420, seed=seed, turn=0.03), begin, 420)
-    strands = find_strands(piece.depth_M, len(open_C))
-    long = {i for i, strand in enumerate(strands) if len(strand) >= 16}
-    found = division(strands, long, len(open_C))
-    assert found.rest and found.parts
-    check(piece, len(open_C), found, Plain(), 2)
+    piece, open_C = piece_of(random_tree(420, seed=seed, turn=0.06), begin, 420)
+    found = check(piece, len(open_C), 2)
+    assert found.squares and found.rows
+    assert found.rectangles and any(len(row.runs) > 1 for row in found.rows)
 
 
 def test_strands_of_rows_a_tree_and_a_piece_behind_a_path():
@@ -131,15 +143,25 @@ def test_strands_of_rows_a_tree_and_a_piece_behind_a_path():
     ]
 
 
-def test_strands_side_by_side_share_a_rectangle(monkeypatch):
+def test_strands_side_by_side_share_what_all_of_them_see(monkeypatch):
     monkeypatch.setattr(parts, "LEAST", 8)
-    strands = [Strand(0, 8, ()), *(Strand(8 + 4 * i, 12 + 4 * i, ((0, 8),)) for i in range(4))]
-    found = division(strands, set(range(5)))
-    assert found.parts == (
-        Part(slice(0, 8), slice(0, 8), causal=True, planned=True),
-        Part(slice(8, 24), slice(8, 24), causal=True, lengths=(4, 4, 4, 4)),
-        Part(slice(8, 24), slice(0, 8), causal=False, planned=True),
-    )
+    same = [Strand(0, 8, ()), *(Strand(8 + 4 * i, 12 + 4 * i, ((0, 8),)) for i in range(4))]
+    found = division(same)
+    assert found.squares == (Part(slice(0, 8), slice(0, 8), causal=True, planned=True),)
+    assert found.rectangles == (Part(slice(8, 24), slice(0, 8), causal=False, planned=True),)
+    assert found.rows == tuple(Row(s.begin, s.end, ((s.begin, s.end),)) for s in same[1:])
+    stops = [32, 28, 20, 9]  # of strands of four that hang ever higher
+    stairs = [
+        Strand(0, 32, ()),
+        *(Strand(32 + 4 * i, 36 + 4 * i, ((0, x),)) for i, x in enumerate(stops)),
+    ]
+    found = division(stairs)
+    rectangles = [(part.queries, part.keys) for part in found.rectangles]
+    assert rectangles == [
+        (slice(32, 48), slice(0, 9)),
+        (slice(36, 44), slice(9, 20)),
+    ]
+    assert [row.runs[:-1] for row in found.rows] == [((9, 32),), ((20, 28),), (), ()]
 
 
 def test_new_lengths_meet_sizes_seen_before():
@@ -147,15 +169,16 @@ def test_new_lengths_meet_sizes_seen_before():
     squares, rectangles = set(), set()
     for length in range(1, 70_000, 137):
         strands = [Strand(0, length, ()), Strand(length, 2 * length + 5000, ((0, length),))]
-        found = division(strands, {0, 1})
-        for part in found.parts:
-            if part.planned:
-                (squares if part.causal else rectangles).add(part.sizes)
+        found = division(strands)
+        squares |= {part.sizes for part in found.squares}
+        rectangles |= {part.sizes for part in found.rectangles if part.planned}
         if length >= parts.LEAST:
-            assert found.parts[0].sizes[0] > 15 / 16 * length
+            assert found.squares[0].sizes[0] > 15 / 16 * length
+        for part in found.rectangles:  # what has no plan is little
+            assert part.planned or part.pairs <= (1 / 8 + 1 / 4) * strands[1].pairs
     assert len(squares) <= 3 * 16 + 4 * 32 + 32
-    assert len(rectangles) <= 8 * 7 * 7
-    assert {queries for queries, _ in rectangles} == {1 << i for i in range(10, 17)}
+    assert len(rectangles) <= 13 * 8 * 7
+    assert len({queries for queries, _ in rectangles}) <= 13
 
 
 def agents(count, turns, trunk, leaf, step):
@@ -168,35 +191,40 @@ def agents(count, turns, trunk, leaf, step):
     return torch.tensor(depth)
 
 
-def test_long_strands_are_taken_and_short_ones_left():
-    def left(depth):
-        found = divide(find_strands(depth))
-        return None if found is None else sum(map(len, found.rest)) / len(depth)
+def test_long_strands_are_divided_and_short_ones_are_not():
+    def share(depth):
+        """Estimated cost over that of flex attention."""
+        strands = find_strands(depth)
+        found = divide(strands)
+        assert found is None or found.pairs == sum(strand.pairs for strand in strands)
+        return None if found is None else found.cost / found.pairs
 
-    assert left(row_visibility([20_000] * 4).depth_M) == 0
-    assert left(row_visibility([300] * 260).depth_M) is None
-    assert left(row_visibility([40_000, 300, 300, 200]).depth_M) == 0  # too few to start it for
-    stripped = left(agents(8, 20, 4096, 300, 800))
-    assert stripped is not None and abs(stripped - 8 * 19 * 300 / 174_500) < 0.02
-    siblings = torch.cat([torch.arange(8192), *([torch.arange(8192, 9092)] * 8)])
-    assert left(siblings) == 0
-    assert left(agents(60, 1, 500, 200, 400)) is None
-    attend = PartAttend(siblings, siblings, CONFIG)
+    assert share(row_visibility([20_000] * 4).depth_M) < 0.65
+    assert share(row_visibility([40_000, 300, 300, 200]).depth_M) < 0.65
+    assert share(agents(8, 20, 4096, 300, 800)) < 0.75
+    assert share(torch.cat([torch.arange(8192), *([torch.arange(8192, 9092)] * 8)])) < 0.75
+    assert share(row_visibility([300] * 260).depth_M) is None
+    assert share(row_visibility([1100] * 20).depth_M) is None
+    assert share(agents(60, 1, 500, 200, 400)) is None
+    attend = PartAttend(torch.arange(4))
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     assert not suits(q) and attend(q, q, q) is None  # not on a CPU
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("begin", [0, 500])
-@pytest.mark.parametrize("left", [False, True])
-def test_parts_on_cuda(begin, left):
-    """cuDNN's and the flash kernel joined, and flex attention beside them, against float64."""
-    piece, open_C = piece_of(random_tree(6000, seed=1, turn=0.001), begin, 6000)
-    carried = len(open_C)
+@pytest.mark.parametrize("carried", [0, 3000])
+def test_parts_on_cuda(carried):
+    """cuDNN's and the flash kernel joined, forward and backward, against float64."""
+    tree = agents(2, 3, 3000, 300, 900)
+    tout = [
+        next((j for j in range(i + 1, len(tree)) if tree[j] <= tree[i]), len(tree))
+        for i in range(len(tree))
+    ]
+    piece = Visibility(torch.tensor(tout), tree)
     generator = torch.Generator().manual_seed(0)
     values = [
         torch.randn(n, h, 128, generator=generator).to(torch.bfloat16).cuda()
-        for n, h in [(6000 - begin, 12)] + 2 * [(len(piece), 2)]
+        for n, h in [(len(piece) - carried, 12)] + 2 * [(len(piece), 2)]
     ]
     q, k, v = (x.double().requires_grad_() for x in values)
     expected = by_mask(q, k, v, dense_mask(piece, EVERYTHING)[carried:].cuda())
@@ -204,14 +232,10 @@ def test_parts_on_cuda(begin, left):
     reference = torch.autograd.grad(expected, (q, k, v), grad.double())
     mine = [x.clone().requires_grad_() for x in values]
     assert suits(mine[0])
-    strands = find_strands(piece.depth_M, carried)
-    taken = {i for i, strand in enumerate(strands) if not left or len(strand) >= 1024}
-    found = division(strands, taken, carried)
-    kinds = {(part.planned, part.causal) for part in found.parts}
-    assert len(kinds) == 4 and bool(found.rest) == left
-    assert left or any(part.lengths for part in found.parts)
-    rest = Rest(found, piece.tout_M.cuda(), PRESETS["small"], carried) if left else None
-    out = divided_attention(*mine, found, rest)
+    found = division(find_strands(tree, carried), carried)
+    assert found.squares and any(len(row.runs) > 1 for row in found.rows)
+    assert {part.planned for part in found.rectangles} == {True, False}
+    out = divided_attention(*mine, found, Places.of(found.rows, mine[0].device))
     grads = torch.autograd.grad(out, mine, grad)
     for a, b in zip((out, *grads), (expected, *reference), strict=True):
         assert (a.double() - b).norm() < 1e-2 * b.norm()

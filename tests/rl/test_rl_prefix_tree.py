@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.prefix_tree import build_packs, cut, sort_calls
+from rl.prefix_tree import build_packs, cut, lay_out, sort_calls
+from rl.tree_plan import Costs
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,15 @@ def test_a_budget_cuts_between_calls_and_repeats_the_path():
     runs = cut(sort_calls(calls), 13)
     assert [len(run) for run in runs] == [3, 1]
     assert [pack.tokens for pack in build_packs(calls, 13)] == [13, 11]
+
+
+@settings(max_examples=100, deadline=None)
+@given(FEW, st.sampled_from([15, 30]))
+def test_a_pack_costs_the_same_before_and_after_it_is_laid_out(calls, budget):
+    costs = Costs(token=3.0, pair=7.0, start=11.0, row=5.0, plain_pair=0.5)
+    found = sort_calls(calls)
+    for run in cut(found, budget):
+        assert costs.of_run(found, run) == pytest.approx(costs.of(lay_out(calls, found, run)))
 
 
 def test_refusals():
