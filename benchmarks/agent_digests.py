@@ -5,7 +5,7 @@ one JSON object a run: seed, config, fault, digest, and the metric rows that the
 of. `pack` sorts and trims such files for the repository. `verify` remakes some of the committed
 test examples and compares their detector marks.
 
-The test set (`benchmarks/data/agent_nano.jsonl`) shares no seed and no planted value with the
+The test set (`benchmarks/data/agent_nano.jsonl.xz`) shares no seed and no planted value with the
 training set: seeds come from disjoint ranges, and integer values alternate between the two.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import os
 import random
@@ -30,7 +31,7 @@ from typing import Any
 from agent_tools.wandb_logs import DEFAULT_KEYS, RunHistory, digest, read_run
 
 DATA = Path(__file__).resolve().parent / "data"
-TEST_FILE = DATA / "agent_nano.jsonl"
+TEST_FILE = DATA / "agent_nano.jsonl.xz"
 FIRST_SEED = {"train": 10_000, "test": 20_000}
 STEPS, SCRIPTS_PER_STEP = 4, 24
 HEALTHY_SHARE = 0.25
@@ -221,11 +222,17 @@ KEPT = (
 )
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, packed with xz or not."""
+    raw = path.read_bytes()
+    return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode().splitlines()
+
+
 def pack(sources: Sequence[Path], out: Path) -> int:
     """Sort by seed, keep what detectors read (six digits), digest again with today's code."""
-    lines = (line for source in sources for line in source.read_text().splitlines())
+    lines = (line for source in sources for line in read_lines(source))
     examples = {example["seed"]: example for example in map(json.loads, lines)}
-    with out.open("w") as sink:
+    with lzma.open(out, "wt", preset=9) if out.suffix == ".xz" else out.open("w") as sink:
         for _, example in sorted(examples.items()):
             rows = [
                 {"step": row["step"]}
@@ -252,7 +259,7 @@ def pack(sources: Sequence[Path], out: Path) -> int:
 
 def verify(count: int, workers: int) -> int:
     """Remake `count` committed examples, one per fault kind first; 0 when their marks agree."""
-    committed = [json.loads(line) for line in TEST_FILE.read_text().splitlines()]
+    committed = [json.loads(line) for line in read_lines(TEST_FILE)]
     chosen: list[dict[str, Any]] = []
     kinds: set[str] = set()
     for row in committed:

@@ -26,7 +26,7 @@ from typing import Any
 from openai import OpenAI
 
 from agent_tools.wandb_logs import RunHistory, detect
-from benchmarks.agent_digests import TEST_FILE
+from benchmarks.agent_digests import TEST_FILE, read_lines
 from benchmarks.common import emit, report, wilson
 from selfevo.agent_prompts import (
     AGENT_TOOLS,
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--digests", type=Path, default=TEST_FILE, help="JSONL of packed digests")
     parser.add_argument("--limit", type=int, help="only the first N digests")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.digests.read_text().splitlines()][: args.limit]
+    rows = [json.loads(line) for line in read_lines(args.digests)][: args.limit]
     rng = random.Random(0)
     other = {r["seed"]: rng.choice([o for o in rows if o["seed"] != r["seed"]]) for r in rows}
     with tempfile.TemporaryDirectory() as scratch:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.agent_digests import TEST_FILE
+from benchmarks.agent_digests import TEST_FILE, read_lines
 from benchmarks.common import ROOT, emit, report
 from model.chat_format import render_ids, render_reply_ids
 from model.checkpoint import disk_tensors, load_model
@@ -72,7 +72,7 @@ def decisions(tokenizer: Tokenizer, count: int) -> Rows:
     """The right answers to the committed test digests."""
     rng = random.Random(0)
     rows = []
-    for line in TEST_FILE.read_text().splitlines()[:count]:
+    for line in read_lines(TEST_FILE)[:count]:
         made = dialogue(json.loads(line), rng)
         *prompt, reply = made["messages"]
         rows.append(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from agent_tools.mle_bench.registry import load_competition, load_suite
+from benchmarks.agent_digests import read_lines
 from benchmarks.common import ROOT, emit, report
 from model import shared_prefix
 from model.chat_format import render_ids
@@ -35,7 +36,7 @@ from rl.envs.mle.prompts import task_messages
 from rl.objectives import cispo
 from rl.samples import Sample
 from rl.tree_update import backward_packs
-from scripts.nano.agent_dialogues import dialogue, read_lines
+from scripts.nano.agent_dialogues import dialogue
 
 NANO = ROOT / "model" / "checkpoints" / "nano"
 DIGESTS = ROOT / "scripts" / "nano" / "data" / "agent_train.jsonl.xz"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from agent_tools.mle_bench.registry import load_suite
+from benchmarks.agent_digests import TEST_FILE, read_lines
 from model.chat_format import render_ids
 from model.config import load_config
 from model.tokenizer import Tokenizer
@@ -11,10 +12,7 @@ from selfevo.agent_prompts import AGENT_TOOLS, agent_messages, call_message, too
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "model" / "checkpoints" / "nano"
-DIGESTS = [
-    json.loads(line)
-    for line in (ROOT / "benchmarks" / "data" / "agent_nano.jsonl").read_text().splitlines()
-]
+DIGESTS = [json.loads(line) for line in read_lines(TEST_FILE)]
 
 
 def test_a_digest_has_at_most_300_tokens() -> None:

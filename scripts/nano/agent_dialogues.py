@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_tools.wandb_logs import RunHistory, digest
+from benchmarks.agent_digests import read_lines
 from selfevo.agent_prompts import (
     AGENT_TOOLS,
     DEFAULT_KEYS,
@@ -105,12 +105,6 @@ def dialogue(
             "call_1",
         )
     return {"messages": [*messages, decision], "tools": AGENT_TOOLS}
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, packed with xz or not."""
-    raw = path.read_bytes()
-    return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode().splitlines()
 
 
 def main() -> None:

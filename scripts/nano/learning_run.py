@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.nano.agent_dialogues import read_lines
+from benchmarks.agent_digests import read_lines
 
 OBJECTIVES = ("cispo", "expert_iteration")
 DRAWS = 10_000
