@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def commit() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores and, where torch is loaded and sees one, the GPU."""
+    """Processor, usable cores and the GPU, by torch where it is loaded, else by its driver."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -46,6 +47,13 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    elif torch is None and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split(
+            "\n"
+        )
+        if names[0]:
+            found["gpu"] = names[0]
     return found
 
 
