@@ -155,7 +155,7 @@ class _Step:
 
 def _staircase(group: Sequence[_Step], start: int, near: dict[int, list[Run]]) -> Iterator[Part]:
     """Keys from `start` on by strands side by side: what all of them see in one rectangle, then
-    each half of those that see more."""
+    each half of those that see more (all, where they see the same)."""
     tokens = group[-1].strand.end - group[0].strand.begin
     least = min(step.stop for step in group)
     if tokens < LEAST:
@@ -167,7 +167,8 @@ def _staircase(group: Sequence[_Step], start: int, near: dict[int, list[Run]]) -
         yield from _rectangle(group[0].strand.begin, group[-1].strand.end, start, least)
         start = least
     for part in _side_by_side([step for step in group if step.stop > start]):
-        if len(part) == 1:
+        stops = {step.stop for step in part}
+        if len(part) == 1 or (len(stops) == 1 and stops.pop() - start >= LEAST):
             yield from _staircase(part, start, near)
         else:
             half = len(part) // 2

@@ -162,6 +162,13 @@ def test_strands_side_by_side_share_what_all_of_them_see(monkeypatch):
         (slice(36, 44), slice(9, 20)),
     ]
     assert [row.runs[:-1] for row in found.rows] == [((9, 32),), ((20, 28),), (), ()]
+    shelf = [
+        Strand(0, 32, ()),
+        *(Strand(32 + 4 * i, 36 + 4 * i, ((0, 30 if i < 4 else 9),)) for i in range(6)),
+    ]
+    rectangles = [(part.queries, part.keys) for part in division(shelf).rectangles]
+    assert rectangles[0] == (slice(32, 56), slice(0, 9))
+    assert (slice(32, 48), slice(9, 29)) in rectangles
 
 
 def test_new_lengths_meet_sizes_seen_before():
