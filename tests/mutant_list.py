@@ -30,6 +30,8 @@ GATEWAY_FAULTS = "tests/rl/test_gateway_faults.py::"
 FORGE_GROUPS = "tests/rl/test_forge_groups.py::"
 FORGE_TRAINER = "tests/rl/test_forge_trainer.py::"
 TREE = "tests/rl/test_rl_tree_update.py::"
+PREFIX = "tests/rl/test_rl_prefix_tree.py::"
+PARTS = "tests/model/test_parts.py::"
 CONTEXT = "tests/rl/test_agents_context.py::"
 MOE = "tests/model/test_model_moe.py::"
 PARITY = "tests/model/test_model_parity.py::"
@@ -543,5 +545,33 @@ MUTANTS: tuple[Mutant, ...] = (
         '    "core.hooksPath": "/dev/null",',
         "",
         (f"{GIT}test_nothing_of_a_hostile_git_directory_runs",),
+    ),
+    Mutant(
+        "tree-shortest-branch-first",
+        "rl/prefix_tree.py",
+        "key=reach.__getitem__, reverse=True)",
+        "key=reach.__getitem__)",
+        (f"{PREFIX}test_calls_are_in_pre_order_longest_branch_first",),
+    ),
+    Mutant(
+        "parts-a-near-key-lost",
+        "model/parts.py",
+        "near[step.strand.begin].append((start, step.stop))",
+        "near[step.strand.begin].append((start, step.stop - 1))",
+        (f"{PARTS}test_larger_trees_with_every_kind_of_part",),
+    ),
+    Mutant(
+        "parts-joined-by-halves",
+        "model/part_kernels.py",
+        "out_sND * old_sN1 + more_sND * more_sN1",
+        "(out_sND + more_sND) / 2",
+        (f"{PARTS}test_parts_are_the_rule_forward_and_backward",),
+    ),
+    Mutant(
+        "parts-gradient-overwritten",
+        "model/part_attend.py",
+        "grad_q_MND[at] += dq",
+        "grad_q_MND[at] = dq",
+        (f"{PARTS}test_parts_are_the_rule_forward_and_backward",),
     ),
 )
