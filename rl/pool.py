@@ -13,47 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-import threading
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self
 
 from rl.errors import ConfigError, InfraError
+from rl.pool_database import Database, is_postgres
 from rl.types import CallRecord, RewardRecord, ScriptOutcome
-
-BUSY_S = 30.0
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS calls (
-  id {serial}, episode TEXT NOT NULL, member INTEGER NOT NULL, prompt {blob} NOT NULL,
-  response {blob} NOT NULL, logprobs {blob} NOT NULL, meta TEXT NOT NULL, digest TEXT NOT NULL,
-  UNIQUE (episode, member));
-CREATE TABLE IF NOT EXISTS rewards (
-  id {serial}, episode TEXT NOT NULL UNIQUE, meta TEXT NOT NULL, digest TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS steps (
-  id {serial}, step INTEGER NOT NULL, meta TEXT NOT NULL, digest TEXT NOT NULL)
-"""
-_SQLITE_GUARDS = """
-CREATE TRIGGER IF NOT EXISTS {table}_{verb} BEFORE {verb} ON {table}
-BEGIN SELECT RAISE(ABORT, 'the pool is append-only'); END
-"""
-
-
-class Connection(Protocol):
-    """What is used of a database connection (DB-API)."""
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any: ...
-
-    def commit(self) -> None: ...
-
-    def rollback(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class DamagedError(InfraError):
@@ -92,11 +62,7 @@ class StepRecord:
 
 def pool_at(name: str, run_dir: Path) -> str:
     """URL or path of the pool that a run's configuration names; paths begin at its directory."""
-    return name if _is_postgres(name) else str(run_dir / name)
-
-
-def _is_postgres(url: str) -> bool:
-    return url.startswith(("postgresql://", "postgres://"))
+    return name if is_postgres(name) else str(run_dir / name)
 
 
 class Pool:
@@ -105,45 +71,7 @@ class Pool:
 
     def __init__(self, url: str | Path, *, create: bool = True) -> None:
         self.url = str(url)
-        self._lock = threading.Lock()
-        self._postgres = _is_postgres(self.url)
-        if not create and not self._postgres and not Path(self.url).is_file():
-            raise ConfigError(f"{self.url}: no such pool; name the file that a run has written")
-        with self._reported():
-            if not create and not self._postgres:
-                self._refuse_foreign()
-            self._db: Connection = self._open()
-            kinds = {"serial": "INTEGER PRIMARY KEY", "blob": "BLOB"}
-            if self._postgres:
-                kinds = {"serial": "BIGSERIAL PRIMARY KEY", "blob": "BYTEA"}
-            for statement in _SCHEMA.format(**kinds).split(";\n"):
-                self._db.execute(statement)
-            if not self._postgres:
-                for table in ("calls", "rewards", "steps"):
-                    for verb in ("UPDATE", "DELETE"):
-                        self._db.execute(_SQLITE_GUARDS.format(table=table, verb=verb))
-            self._db.commit()
-
-    def _refuse_foreign(self) -> None:
-        """A file of others is looked at, not made a pool of."""
-        with closing(sqlite3.connect(self.url, timeout=BUSY_S)) as db:
-            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-        if not {"calls", "rewards"} <= tables:
-            raise ConfigError(f"{self.url}: is no pool; name the file that a run has written")
-
-    def _open(self) -> Connection:
-        if self._postgres:
-            try:
-                import psycopg
-            except ImportError:
-                raise ConfigError(
-                    f"{self.url}: PostgreSQL needs the package psycopg; install selfevo[postgres]"
-                ) from None
-            return cast(Connection, psycopg.connect(self.url, connect_timeout=int(BUSY_S)))
-        db = sqlite3.connect(self.url, timeout=BUSY_S, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the process or machine
-        return db
+        self._db = Database(self.url, create=create)
 
     # ---------------------------------------------------------- writing
 
@@ -153,13 +81,10 @@ class Pool:
 
     def add_calls(self, calls: Sequence[CallRecord]) -> None:
         """Append several calls, all or none of them: one transaction costs as much as one call."""
-        sql = (
-            "INSERT INTO calls (episode, member, prompt, response, logprobs, meta, digest) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)"
-        )
         rows = [(call, _call_row(call)) for call in calls]
-        self._insert(
-            sql,
+        self._db.insert(
+            "calls",
+            "episode, member, prompt, response, logprobs, meta, digest",
             [(c.episode, c.index, *row, _digest(c.episode, c.index, *row)) for c, row in rows],
         )
 
@@ -175,8 +100,9 @@ class Pool:
                 "scripts": [asdict(script) for script in reward.scripts],
             }
         )
-        self._insert(
-            "INSERT INTO rewards (episode, meta, digest) VALUES (?, ?, ?)",
+        self._db.insert(
+            "rewards",
+            "episode, meta, digest",
             [(reward.episode, meta, _digest(reward.episode, meta))],
         )
 
@@ -184,20 +110,11 @@ class Pool:
         """Append what an optimiser step trains on. A step that is done again (after a crash before
         its checkpoint) is appended again: the last record of a step counts."""
         meta = json.dumps([[g.task, g.domain, g.episodes] for g in step.groups])
-        self._insert(
-            "INSERT INTO steps (step, meta, digest) VALUES (?, ?, ?)",
+        self._db.insert(
+            "steps",
+            "step, meta, digest",
             [(step.step, meta, _digest(step.step, meta))],
         )
-
-    def _insert(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        with self._lock, self._reported():
-            try:
-                for values in rows:
-                    self._db.execute(self._sql(sql), values)
-                self._db.commit()
-            except BaseException:
-                self._db.rollback()
-                raise
 
     # ---------------------------------------------------------- reading
 
@@ -207,7 +124,7 @@ class Pool:
 
     def next_index(self, episode: str) -> int:
         """One more than the highest index that a call of the episode has; 0 without calls."""
-        found = self._select("SELECT MAX(member) FROM calls WHERE episode = ?", (episode,))
+        found = self._db.select("SELECT MAX(member) FROM calls WHERE episode = ?", (episode,))
         return 0 if found[0][0] is None else int(found[0][0]) + 1
 
     def all_calls(self) -> Iterator[CallRecord]:
@@ -217,24 +134,24 @@ class Pool:
     def reward(self, episode: str) -> RewardRecord | None:
         """An episode's reward, or None while it runs (or was never finished)."""
         columns = "episode, meta, digest"
-        found = self._select(f"SELECT {columns} FROM rewards WHERE episode = ?", (episode,))
+        found = self._db.select(f"SELECT {columns} FROM rewards WHERE episode = ?", (episode,))
         return _reward(*self._whole("reward of {0}", found[0])) if found else None
 
     def rewards(self) -> list[RewardRecord]:
         """Every reward, in the order of writing."""
-        rows = self._select("SELECT episode, meta, digest FROM rewards ORDER BY id", ())
+        rows = self._db.select("SELECT episode, meta, digest FROM rewards ORDER BY id")
         return [_reward(*self._whole("reward of {0}", row)) for row in rows]
 
     def steps(self) -> list[StepRecord]:
         """What every optimiser step trained on, in the order of the steps."""
-        rows = self._select("SELECT step, meta, digest FROM steps ORDER BY id", ())
+        rows = self._db.select("SELECT step, meta, digest FROM steps ORDER BY id")
         last = {int(step): meta for step, meta in (self._whole("step {0}", row) for row in rows)}
         return [StepRecord(step, _groups(last[step])) for step in sorted(last)]
 
     def episodes(self) -> set[str]:
         """Names of all episodes that have a call or a reward."""
         query = "SELECT episode FROM calls UNION SELECT episode FROM rewards"
-        return {str(name) for (name,) in self._select(query, ())}
+        return {str(name) for (name,) in self._db.select(query)}
 
     def stats(self) -> Stats:
         """Counts, and the records whose content is not what was written."""
@@ -243,13 +160,15 @@ class Pool:
         episodes: set[str] = set()
         calls = tokens = rewards = 0
         columns = "episode, member, prompt, response, logprobs, meta, digest"
-        for *values, digest in self._select(f"SELECT {columns} FROM calls ORDER BY id", ()):
+        for *values, digest in self._db.select(f"SELECT {columns} FROM calls ORDER BY id"):
             calls += 1
             tokens += len(values[3]) // 4
             episodes.add(values[0])
             if _digest(*values) != digest or len(values[3]) * 2 != len(values[4]):
                 damaged.append(f"call {values[1]} of {values[0]}")
-        for episode, meta, digest in self._select("SELECT episode, meta, digest FROM rewards", ()):
+        for episode, meta, digest in self._db.select(
+            "SELECT episode, meta, digest FROM rewards", ()
+        ):
             rewards += 1
             episodes.add(episode)
             if _digest(episode, meta) != digest:
@@ -258,7 +177,7 @@ class Pool:
             status = json.loads(meta)["status"]
             statuses[status] = statuses.get(status, 0) + 1
         steps = 0
-        for step, meta, digest in self._select("SELECT step, meta, digest FROM steps", ()):
+        for step, meta, digest in self._db.select("SELECT step, meta, digest FROM steps"):
             steps += 1
             if _digest(step, meta) != digest:
                 damaged.append(f"step {step}")
@@ -266,7 +185,7 @@ class Pool:
 
     def _calls(self, where: str, values: Sequence[Any]) -> Iterator[CallRecord]:
         columns = "episode, member, prompt, response, logprobs, meta, digest"
-        for row in self._select(f"SELECT {columns} FROM calls {where}", values):
+        for row in self._db.select(f"SELECT {columns} FROM calls {where}", values):
             yield _call(*self._whole("call {1} of {0}", row))
 
     def _whole(self, name: str, row: Sequence[Any]) -> Sequence[Any]:
@@ -279,33 +198,9 @@ class Pool:
             )
         return values
 
-    def _select(self, sql: str, values: Sequence[Any]) -> list[Any]:
-        with self._lock, self._reported():
-            return list(self._db.execute(self._sql(sql), values).fetchall())
-
-    # ---------------------------------------------------------- small things
-
-    def _sql(self, text: str) -> str:
-        return text.replace("?", "%s") if self._postgres else text
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise InfraError(
-                f"{self.url}: {error}; check the disk and that the file is a pool"
-            ) from error
-        except Exception as error:
-            if self._postgres and type(error).__module__.startswith("psycopg"):
-                reason = " ".join(str(error).split())
-                raise InfraError(f"the pool's database: {reason}; check its URL") from error
-            raise
-
     def close(self) -> None:
         """Let go of the database."""
-        with self._lock:
-            self._db.close()
+        self._db.close()
 
     def __enter__(self) -> Self:
         return self

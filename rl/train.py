@@ -65,6 +65,10 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(
             f"agent (kind {config.agent.kind}) belongs to asynchronous runs; set forge.mode async"
         )
+    if config.agent != MleAgent():
+        from rl.agents.registry import check_agent  # imports whatever the agent's module does
+
+        check_agent(config.agent)
     _task_ids(config)
     load_scaffold(Path(config.scaffold) if config.scaffold else None)
     check_checkpoint(resolve_checkpoint(config.model.checkpoint))

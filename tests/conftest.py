@@ -26,7 +26,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 VARIABLE = "SELFEVO_REQUIRE"
-SERVICES = ("bwrap", "cgroup", "compiler", "cuda", "docker", "landlock", "package", "root", "vllm")
+SERVICES = (
+    *("bwrap", "cgroup", "compiler", "cuda", "docker", "landlock", "package", "postgres", "root"),
+    "vllm",
+)
 NOT_IN_ALL = "cuda"
 _NO_BWRAP = re.compile(r"bubblewrap is (not installed|refused namespaces)")
 

@@ -31,7 +31,7 @@ FORGE_GROUPS = "tests/rl/test_forge_groups.py::"
 FORGE_TRAINER = "tests/rl/test_forge_trainer.py::"
 TREE = "tests/rl/test_rl_tree_update.py::"
 PREFIX = "tests/rl/test_rl_prefix_tree.py::"
-PARTS = "tests/model/test_parts.py::"
+ATTENTION = "tests/model/test_parts.py::"
 CONTEXT = "tests/rl/test_agents_context.py::"
 MOE = "tests/model/test_model_moe.py::"
 PARITY = "tests/model/test_model_parity.py::"
@@ -558,20 +558,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "model/parts.py",
         "near[step.strand.begin].append((start, step.stop))",
         "near[step.strand.begin].append((start, step.stop - 1))",
-        (f"{PARTS}test_larger_trees_with_every_kind_of_part",),
+        (f"{ATTENTION}test_larger_trees_with_every_kind_of_part",),
     ),
     Mutant(
         "parts-joined-by-halves",
         "model/part_kernels.py",
         "out_sND * old_sN1 + more_sND * more_sN1",
         "(out_sND + more_sND) / 2",
-        (f"{PARTS}test_parts_are_the_rule_forward_and_backward",),
+        (f"{ATTENTION}test_parts_are_the_rule_forward_and_backward",),
     ),
     Mutant(
         "parts-gradient-overwritten",
         "model/part_attend.py",
         "grad_q_MND[at] += dq",
         "grad_q_MND[at] = dq",
-        (f"{PARTS}test_parts_are_the_rule_forward_and_backward",),
+        (f"{ATTENTION}test_parts_are_the_rule_forward_and_backward",),
     ),
 )

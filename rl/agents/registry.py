@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from rl.agents.options import (
     LangGraphOptions,
     MiniSweOptions,
     MleAgent,
+    PythonGrader,
 )
 from rl.agents.tasks import FolderTaskset
 from rl.agents.white_box import WhiteBoxAgent
@@ -96,6 +98,24 @@ def make_agent(
         policy=section.context.policy(),
         counter=lambda: GatewayCounter(tokenizer, keep),
     )
+
+
+def check_agent(section: Any) -> None:
+    """ConfigError for a function that is not there, or does not take the section's options."""
+    if isinstance(section, CommandOptions | MiniSweOptions):
+        if isinstance(section.grader, PythonGrader):
+            load_call(section.grader.call)
+        return
+    if not isinstance(section, LangGraphOptions):
+        return
+    signature = inspect.signature(load_call(section.graph))
+    try:
+        signature.bind("base_url", "api_key", section.model, (), **section.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"agent.options: {section.graph} cannot be called with them ({error}); it takes "
+            f"{signature}"
+        ) from None
 
 
 def own_tasks(section: Any) -> tuple[Task, ...] | None:

@@ -66,6 +66,20 @@ def test_resolved_file_reads_back_equal(tmp_path: Path) -> None:
             "{forge: {mode: async}, agent: {kind: command, command: [x], tasks: nowhere}}",
             "nowhere: no task there",
         ),
+        (
+            "{forge: {mode: async}, agent: {kind: langgraph, options: {colour: red}}}",
+            "agent.options: rl.agents.langgraph_mle:build cannot be called with them (got an "
+            "unexpected keyword argument 'colour'); it takes (base_url",
+        ),
+        (
+            "{forge: {mode: async}, agent: {kind: langgraph, graph: 'rl.agents.nowhere:build'}}",
+            "rl.agents.nowhere:build: No module named 'rl.agents.nowhere'; install it",
+        ),
+        (
+            "{forge: {mode: async}, agent: {kind: command, command: [x], "
+            "grader: {kind: python, call: 'math:nothing'}}}",
+            "math:nothing: the module has no function 'nothing'",
+        ),
         ("rollout: {max_new_tokens: 300}", "budget.tokens_per_script"),
         ("env: {cpu_seconds: 9}", "budget.cpu_seconds_per_script"),
         ("rollout: {group_size: 7}", "not a multiple"),
