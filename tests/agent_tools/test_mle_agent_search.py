@@ -267,6 +267,7 @@ def test_a_model_can_look_around_and_scripts_find_the_containers_paths(tmp_path:
 COMMAND = [sys.executable, "-m", "agent_tools.mle_agent", "run", "--competition", "diamonds-price"]
 
 
+@pytest.mark.real  # for its length
 def test_a_run_killed_at_any_time_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     slow = "import time\ntime.sleep(0.2)\n"
     out = tmp_path / "out"

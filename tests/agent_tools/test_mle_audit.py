@@ -193,6 +193,7 @@ def test_findings_are_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(findings)) == findings
 
 
+@pytest.mark.real  # for its length
 def test_the_committed_suite_passes_its_audit() -> None:
     findings = audit.audit(registry.load_suite("offline-v1"))
     assert [f for f in findings if not f.ok] == []

@@ -22,6 +22,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("forge") / "start")
 
 
+@pytest.mark.real  # for its length
 def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
     start: Path, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_run_with_a_stuck_agent_a_failed_group_and_a_broken_environment(
     assert session.log().count("made a call") == 1
 
 
+@pytest.mark.real  # for its length
 def test_killed_again_and_again_a_run_ends_right(start: Path, tmp_path: Path) -> None:
     """A worker, the trainer, the scorer, then the supervisor; the order is strict, so what is
     consumed when is known."""

@@ -195,6 +195,7 @@ def children(run_dir: Path) -> list[int]:
     return found
 
 
+@pytest.mark.real  # for its length
 def test_an_asynchronous_job_is_stopped_resumed_and_killed(
     tmp_path: Path, drive: Callable[..., subprocess.Popen[str]]
 ) -> None:

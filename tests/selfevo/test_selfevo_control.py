@@ -214,6 +214,7 @@ def test_a_driver_of_another_campaign_or_host_is_left_alone(
     owner.write_text(kept)
 
 
+@pytest.mark.real  # for its length
 def test_watch_follows_a_campaign_to_its_end(
     lab: Path, drive: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -42,6 +42,7 @@ def reverting_lab(path: Path) -> Path:
     return path
 
 
+@pytest.mark.real  # for its length
 def test_killed_at_every_point(tmp_path: Path) -> None:
     """SIGKILL once at each edge of every kind of event, blob, snapshot, git command, job start
     and graph checkpoint, wherever it is called from; the database is deleted every third time."""

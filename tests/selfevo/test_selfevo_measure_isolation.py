@@ -95,6 +95,7 @@ def prompts(lab: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.real  # for its length
 def test_nothing_of_a_measurement_reaches_prompt_memory_digest_or_gate(
     tmp_path: Path,
     commands: Commands,
