@@ -55,7 +55,11 @@ class Fleet:
             process.communicate()
 
     def _send(self, number: int, name: str, seconds: float) -> None:
-        os.write(_pipe(self._processes[number].stdin).fileno(), f"{name} {seconds!r}\n".encode())
+        pipe = _pipe(self._processes[number].stdin).fileno()
+        try:
+            os.write(pipe, f"{name} {seconds!r}\n".encode())
+        except BrokenPipeError:
+            raise BenchmarkError(f"process {number} has ended") from None
 
     def _answers(self) -> list[tuple[int, str]]:
         """Wait for answers: (process, name of the item that it held)."""
