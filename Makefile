@@ -88,7 +88,7 @@ lint: setup-dev
 	$(VENV)/bin/lint-imports
 
 test: lint
-	$(PY) -m pytest -q -n 3 --dist loadfile -m 'not gpu and not real and not slow'
+	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not gpu and not real and not slow'
 
 # Tests that need a service, or minutes.
 test-real: setup-dev setup-agents

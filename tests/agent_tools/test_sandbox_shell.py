@@ -129,8 +129,10 @@ def test_commands_stay_inside(opened: Open) -> None:
     assert shell.run("ls /proc/self/fd | wc -l").stdout.strip() in ("4", "5")
     assert not Path("/etc/planted").exists()
     shell.run("for fd in $(seq 3 20); do echo nonsense >&$fd; done 2>/dev/null")
-    assert shell.run("true").status in ("ok", "error")
-    assert shell.run("echo alive").stdout == "alive\n"
+    for _ in range(3):  # what it wrote may be read late, and then costs it a command or two
+        last = shell.run("echo alive")
+        assert last.status in ("ok", "error")
+    assert last.stdout == "alive\n"
 
 
 def test_snapshot_and_restore(opened: Open) -> None:
