@@ -49,10 +49,8 @@ def hardware() -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
     elif torch is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split(
-            "\n"
-        )
-        if names[0]:
+        asked = subprocess.run(query, capture_output=True, text=True, check=False)
+        if names := asked.stdout.splitlines():
             found["gpu"] = names[0]
     return found
 

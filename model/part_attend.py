@@ -9,6 +9,7 @@ N query and K key heads, D head size.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,21 +28,20 @@ class PartAttend:
 
     def __init__(self, depth_S: Tensor, carried: int = 0) -> None:
         self.depth_S, self.carried = depth_S, carried
-        self._division: Division | None = None
-        self._places: Places | None = None
-        self._found = False
 
     def __call__(self, q_MND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor | None:
-        if not suits(q_MND):
+        if not suits(q_MND) or self._division is None:
             return None
-        if not self._found:
-            self._division = divide(find_strands(self.depth_S, self.carried), self.carried)
-            self._found = True
-        if self._division is None:
-            return None
-        if self._division.rows and self._places is None:
-            self._places = Places.of(self._division.rows, q_MND.device)
         return divided_attention(q_MND, k_SKD, v_SKD, self._division, self._places)
+
+    @cached_property
+    def _division(self) -> Division | None:
+        return divide(find_strands(self.depth_S, self.carried), self.carried)
+
+    @cached_property
+    def _places(self) -> Places | None:
+        rows = self._division.rows if self._division is not None else ()
+        return Places.of(rows, self.depth_S.device) if rows else None
 
 
 def suits(q_MND: Tensor) -> bool:

@@ -75,7 +75,10 @@ class Database:
             if not create and not self._postgres:
                 self._refuse_foreign()
             self._db = self._open()
-            (self._make_postgres if self._postgres else self._make_sqlite)(create)
+            if self._postgres:
+                self._make_postgres(create)
+            else:
+                self._make_sqlite()
 
     def insert(self, table: str, columns: str, rows: Sequence[Sequence[Any]]) -> None:
         """Append rows, all or none; the last column is their digest."""
@@ -130,7 +133,7 @@ class Database:
         db.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the process or machine
         return db
 
-    def _make_sqlite(self, create: bool) -> None:
+    def _make_sqlite(self) -> None:
         for statement in _SCHEMA.format(serial="INTEGER PRIMARY KEY", blob="BLOB").split(";\n"):
             self._db.execute(statement)
         for table in TABLES:
