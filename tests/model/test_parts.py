@@ -12,7 +12,7 @@ from model.parts import Part, Row, divide, division
 from model.strands import Strand, find_strands
 from model.visible import Visibility, dense_mask, row_visibility
 from model.window import EVERYTHING
-from tests.model.test_tree_attend import by_mask, drawn, piece_of, random_tree
+from tests.model.test_tree_attend import by_mask, drawn, equal_gradients, piece_of, random_tree
 
 
 class Plain:
@@ -88,13 +88,7 @@ def check(piece, carried, kinds):
     expected = by_mask(q, k, v, seen_MS)
     grad = torch.randn_like(out)
     assert (out - expected).abs().max() < 1e-13
-    pairs = zip(
-        torch.autograd.grad(out, (q, k, v), grad),
-        torch.autograd.grad(expected, (q, k, v), grad),
-        strict=True,
-    )
-    for mine, theirs in pairs:
-        assert (mine - theirs).abs().max() < 1e-13
+    equal_gradients(out, expected, (q, k, v), grad)
     return found
 
 

@@ -49,6 +49,16 @@ def by_mask(q, k, v, mask):
     return out[0].transpose(0, 1)
 
 
+def equal_gradients(found, expected, inputs, grad):
+    pairs = zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert (mine - theirs).abs().max() < 1e-13
+
+
 @pytest.mark.parametrize("kinds", [1, 2, 4])
 @pytest.mark.parametrize("turn", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("begin", [0, 37])
@@ -65,13 +75,7 @@ def test_strands_are_the_rule_forward_and_backward(kinds, turn, begin):
     expected = by_mask(q, k, v, dense_mask(piece, EVERYTHING)[carried:])
     grad = torch.randn_like(found)
     assert (found - expected).abs().max() < 1e-14
-    pairs = zip(
-        torch.autograd.grad(found, (q, k, v), grad),
-        torch.autograd.grad(expected, (q, k, v), grad),
-        strict=True,
-    )
-    for mine, theirs in pairs:
-        assert (mine - theirs).abs().max() < 1e-13
+    equal_gradients(found, expected, (q, k, v), grad)
 
 
 CONFIG = PRESETS["nano"]

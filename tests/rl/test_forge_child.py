@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from gateway_fakes import until
 
 from rl.errors import InfraError
 from rl.forge.child import AliveLock, Child
@@ -20,13 +22,7 @@ from rl.forge.messages import Ended, Message, Retire
 from rl.forge.servers import Server
 
 SLEEP = [sys.executable, "-IS", "-c", "import time; time.sleep(600)"]
-
-
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
+wait_for = partial(until, seconds=20)
 
 
 @pytest.fixture

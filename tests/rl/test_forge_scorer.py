@@ -7,13 +7,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from forge_runs import run_config
+from gateway_fakes import until as until_true
 
 from agent_tools.sandbox import Limits, SandboxError, ScriptJob, ScriptPool, ScriptResult
 from rl.config import dump_config
@@ -24,6 +26,8 @@ from rl.forge.places import Places
 from rl.forge.scorer import Scorer
 from rl.forge.scorer_client import SCORER, ScorerPool, split_address
 from rl.rollout import CachingPool
+
+until = partial(until_true, seconds=60)
 
 
 class Stub:
@@ -58,13 +62,6 @@ class Served:
     def come(self, count: int) -> list[tuple[ScriptJob, Future[ScriptResult]]]:
         until(lambda: len(self.stub.jobs) >= count)
         return self.stub.jobs
-
-
-def until(what: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture

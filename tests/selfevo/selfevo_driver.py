@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from agent_tools import git_safe
 from agent_tools.errors import InfraError, UserError
 from agent_tools.launcher import local
@@ -239,6 +241,15 @@ def _wait(pid: int, kill_after_s: float | None) -> int:
             os.kill(pid, signal.SIGKILL)
             deadline = None
         time.sleep(0.002)
+
+
+def end(processes: Sequence[subprocess.Popen[str]], seconds: float) -> None:
+    """Kill what still runs, with its children, and wait for all."""
+    for process in processes:
+        if process.poll() is None:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
+        process.communicate(timeout=seconds)
 
 
 class Sessions:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from selfevo_driver import end
 from selfevo_outcome import violations
 
 from selfevo import cli, loop, watch
@@ -50,11 +51,7 @@ def drive() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                one.kill()
-        process.communicate(timeout=PATIENCE_S)
+    end(started, PATIENCE_S)
 
 
 def until(there: Callable[[], Any]) -> None:
