@@ -9,25 +9,30 @@ N query and K key heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.part_kernels import Kernel, Places, TorchKernel, join
+from model.part_kernels import Kernel, Places, TorchKernel, join, longer
 from model.parts import Division, divide
-from model.strands import find_strands
+from model.strands import Strand, find_strands
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 class PartAttend:
     """Attention of the last M of S tokens, of these depths in pre-order, where the kernels suit and
-    take less than flex attention, else None. One object serves one piece."""
+    take less than flex attention, else None. One object serves one piece. `strands`: if they are
+    known; to find them here waits for the device."""
 
-    def __init__(self, depth_S: Tensor, carried: int = 0) -> None:
-        self.depth_S, self.carried = depth_S, carried
+    def __init__(
+        self, depth_S: Tensor, carried: int = 0, strands: Sequence[Strand] | None = None
+    ) -> None:
+        self.depth_S, self.carried, self._found = depth_S, carried, strands
 
     def __call__(self, q_MND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor | None:
         if not suits(q_MND) or self._division is None:
@@ -35,8 +40,12 @@ class PartAttend:
         return divided_attention(q_MND, k_SKD, v_SKD, self._division, self._places)
 
     @cached_property
+    def strands(self) -> Sequence[Strand]:
+        return self._found if self._found is not None else find_strands(self.depth_S, self.carried)
+
+    @cached_property
     def _division(self) -> Division | None:
-        return divide(find_strands(self.depth_S, self.carried), self.carried)
+        return divide(self.strands, self.carried)
 
     @cached_property
     def _places(self) -> Places | None:
@@ -87,8 +96,10 @@ class _PartAttention(torch.autograd.Function):
         out_MND = torch.empty_like(q_MND)
         lse_NM = torch.empty(q_MND.shape[1], len(q_MND), dtype=wide, device=q_MND.device)
         for part in division.squares:
-            at, keys = part.queries, part.keys
-            out_MND[at], lse_NM[:, at] = kernel.part(part, q_MND[at], k_SKD[keys], v_SKD[keys])
+            at, keys, tokens = part.queries, part.keys, part.sizes[0]
+            values = q_MND[at], k_SKD[keys], v_SKD[keys]
+            out, lse = kernel.part(part, *(longer(x, part.padding) for x in values))
+            out_MND[at], lse_NM[:, at] = out[:tokens], lse[:, :tokens]
         if places is not None:
             q_RND = q_MND.index_select(0, places.query_R)
             k_GKD, v_GKD = (x.index_select(0, places.key_G) for x in (k_SKD, v_SKD))
@@ -119,20 +130,19 @@ class _PartAttention(torch.autograd.Function):
             grad_k_SKD.index_add_(0, places.key_G, dk.to(wide))
             grad_v_SKD.index_add_(0, places.key_G, dv.to(wide))
         for part in (*ctx.division.squares, *ctx.division.rectangles):
-            at, keys = part.queries, part.keys
-            dq, dk, dv = ctx.kernel.part_backward(
-                part,
-                *(x[at] for x in (grad_MND, q_MND)),
-                *(x[keys] for x in (k_SKD, v_SKD)),
-                out_MND[at],
-                lse_NM[:, at].contiguous(),
-            )
+            at, keys, more = part.queries, part.keys, part.padding
+            grad, q, out = (longer(x[at], more) for x in (grad_MND, q_MND, out_MND))
+            k, v = (longer(x[keys], more) for x in (k_SKD, v_SKD))
+            lse = F.pad(lse_NM[:, at], (0, more)) if more else lse_NM[:, at].contiguous()
+            # no padded query hands anything back: its gradient and output are 0
+            dq, dk, dv = ctx.kernel.part_backward(part, grad, q, k, v, out, lse)
+            queries, seen = part.sizes
             if part.causal:
-                grad_q_MND[at] = dq
+                grad_q_MND[at] = dq[:queries]
             else:
                 grad_q_MND[at] += dq
-            grad_k_SKD[keys] += dk
-            grad_v_SKD[keys] += dv
+            grad_k_SKD[keys] += dk[:seen]
+            grad_v_SKD[keys] += dv[:seen]
         return (
             *(grad_q_MND, grad_k_SKD.to(k_SKD.dtype), grad_v_SKD.to(v_SKD.dtype)),
             *(None, None, None),

@@ -12,9 +12,11 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.parts import Part, Row
+from model.upload import upload
 
 try:
     import triton
@@ -47,14 +49,16 @@ class Places:
             torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in zip(*sizes, strict=True)
         )
         most = max(q for q, _ in sizes), max(k for _, k in sizes)
-        query_R, key_G, ends_q, ends_k = (x.to(device) for x in (query_R, key_G, ends_q, ends_k))
+        query_R, key_G, ends_q, ends_k = (
+            upload(x, device) for x in (query_R, key_G, ends_q, ends_k)
+        )
         return cls(query_R, key_G, ends_q, ends_k, most)
 
 
 class Kernel(Protocol):
     """Softmax attention of queries (s, N, D) over keys (j, K, D), with log-sums (N, s) in float32
-    or wider, by the rule of a `Part` or of rows. Backward: gradients of q, k and v by an output and
-    log-sums over more keys than these."""
+    or wider, by the rule of a `Part`, padding included, or of rows. Backward: gradients of q, k
+    and v by an output and log-sums over more keys than these."""
 
     def part(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -91,14 +95,15 @@ class TorchKernel:
         self, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Grads:
         grad, q, k, v, out = (_first(x) for x in (grad, q, k, v, out))
+        sizes = q.shape[2], k.shape[2]
         if part.planned:
             found = _aten._scaled_dot_product_cudnn_attention_backward(
                 *(grad, q, k, v, out, lse.view(1, *lse.shape, 1), *self._states["planned"]),
-                *(None, None, None, *part.sizes, 0.0, part.causal),
+                *(None, None, None, *sizes, 0.0, part.causal),
             )
         else:
             found = _aten._scaled_dot_product_flash_attention_backward(
-                *(grad, q, k, v, out, lse[None], None, None, *part.sizes, 0.0, part.causal),
+                *(grad, q, k, v, out, lse[None], None, None, *sizes, 0.0, part.causal),
                 *self._states["flash"],
             )
         dq, dk, dv = (x[0].transpose(0, 1) for x in found)
@@ -119,6 +124,11 @@ class TorchKernel:
             *self._states["rows"],
         )
         return dq, dk, dv
+
+
+def longer(x_sND: Tensor, padding: int) -> Tensor:
+    """With so many zeros behind."""
+    return F.pad(x_sND, (0, 0, 0, 0, 0, padding)) if padding else x_sND
 
 
 def _first(x_sND: Tensor) -> Tensor:

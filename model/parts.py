@@ -4,9 +4,10 @@ A *strand* (`strands.py`) sees itself causally, a square, and all of some earlie
 rectangles; strands side by side that see the same keys share a rectangle. cuDNN's kernel is almost
 twice as fast there as flex attention with a mask. It makes a plan for each pair of sizes, though,
 which takes 0.1 s. So squares and rectangles are cut into *parts* of sizes that come again: squares
-16 to 32 an octave, rectangles 2 an octave of queries by 8 of keys. What is left, ends of squares
-and whole short strands with the nearest keys of their path, is gathered for one call of the flash
-kernel, which takes rows of any lengths and is as fast as flex attention.
+16 to 32 an octave, rectangles 2 an octave of queries by 8 of keys. A square may be longer than its
+strand: no token sees what stands behind it. What is left, short ends of squares and whole short
+strands with the nearest keys of their path, is gathered for one call of the flash kernel, which
+takes rows of any lengths and is as fast as flex attention.
 
 No tensors here. Own tokens are counted from 0, keys among the S = C + M tokens with C carried.
 """
@@ -36,13 +37,15 @@ class Part:
     """A square or rectangle: own tokens `queries` by `keys` of the S tokens.
 
     causal: a square, and each query sees the keys up to itself. Else each sees all, and the result
-    is joined to what these queries have from parts before. planned: for cuDNN.
+    is joined to what these queries have from parts before. planned: for cuDNN. padding: what a
+    square is lengthened by.
     """
 
     queries: slice
     keys: slice
     causal: bool
     planned: bool
+    padding: int = 0
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -55,8 +58,10 @@ class Part:
 
     @property
     def cost(self) -> float:
-        pair = PLANNED_PAIR if self.planned else FLASH_PAIR
-        return pair * self.pairs + CALL_COST + (0 if self.causal else JOIN_COST * self.sizes[0])
+        pair, pairs = PLANNED_PAIR if self.planned else FLASH_PAIR, self.pairs
+        if self.causal:
+            return pair * (pairs + self.padding * self.sizes[0]) + CALL_COST
+        return pair * pairs + CALL_COST + JOIN_COST * self.sizes[0]
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,12 @@ def division(strands: Sequence[Strand], carried: int = 0) -> Division:
     squares: list[Part] = []
     rows: list[Row] = []
     for strand in strands:
-        planned = _floor(len(strand), 32 if len(strand) >= 8 * LEAST else 16)
+        planned, padding = _square(len(strand))
         begin, split, end = strand.begin, strand.begin + planned, strand.end
         own = carried + begin
         if planned:
-            squares.append(Part(slice(begin, split), slice(own, own + planned), True, True))
+            keys = slice(own, own + planned)
+            squares.append(Part(slice(begin, split), keys, True, True, padding))
         if split < end:
             rows.append(Row(split, end, (*near[begin], (own, carried + end))))
     return Division(tuple(squares), tuple(rows), rectangles)
@@ -196,9 +202,25 @@ def _rectangle(begin: int, end: int, start: int, stop: int) -> Iterator[Part]:
         yield Part(slice(at, end), slice(start, stop), False, planned=False)
 
 
+def _square(length: int) -> tuple[int, int]:
+    """How many tokens of a strand go into its square, and the padding of that: either the end is
+    left out, or padded where that takes less."""
+    steps = 32 if length >= 8 * LEAST else 16
+    short = _floor(length, steps)
+    end = length - short
+    padding = _step(length, steps) - end
+    if short and end and PLANNED_PAIR * padding < FLASH_PAIR * end:
+        return length, padding
+    return short, 0
+
+
 def _floor(size: int, steps: int) -> int:
     """The greatest planned size up to this one, of so many an octave; 0: none."""
     if size < LEAST:
         return 0
-    step = max(1, (1 << (size.bit_length() - 1)) // steps)
+    step = _step(size, steps)
     return size // step * step
+
+
+def _step(size: int, steps: int) -> int:
+    return max(1, (1 << (size.bit_length() - 1)) // steps)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -35,7 +34,8 @@ from model.flex import (
     whole_blocks,
 )
 from model.part_attend import PartAttend
-from model.strands import STRAND_PAIRS, Strand, find_strands, strand_attention
+from model.part_kernels import longer
+from model.strands import STRAND_PAIRS, Strand, strand_attention
 from model.visible import Visibility, VisibleAttend, dense_mask
 from model.window import Reach, reach_of
 
@@ -49,7 +49,8 @@ class TreeAttend:
 
     `past` holds each layer's keys and values (C, K, D) of the C tokens before them, which must be a
     path: a token of depth i at place i. After a pass, `seen` holds each layer's own ones, with
-    their graph. One object serves one piece. Raises ModelError for other sizes.
+    their graph. One object serves one piece. `strands` are the piece's, where they are known: else
+    the device's queue is waited for to find them. Raises ModelError for other sizes.
     """
 
     def __init__(
@@ -58,19 +59,20 @@ class TreeAttend:
         config: ModelConfig,
         past: Sequence[KeysValues] = (),
         carried: int = 0,
+        strands: Sequence[Strand] | None = None,
     ) -> None:
         if past and any(len(x) != carried for pair in past for x in pair):
             raise ModelError(f"attention: keys of other lengths than the {carried} tokens carried")
         self.visibility, self.config, self.past, self.carried = visibility, config, past, carried
         self.seen: list[KeysValues] = []
-        self._plain = VisibleAttend(visibility, config)
+        self._parts = PartAttend(visibility.depth_M, carried, strands)
+        self._plain = VisibleAttend(visibility, config, None if carried else self._parts)
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, tuple[BlockMask, int, int, int]] = {}
-        self._parts = PartAttend(visibility.depth_M, carried)
-        self._strands: list[Strand] | None = None
+        self._strands: Sequence[Strand] | None = None
         if visibility.depth_M.device.type == "cpu":
             depth_S = visibility.depth_M
-            strands = find_strands(depth_S, carried)
+            strands = self._parts.strands
             pairs = int(depth_S[carried:].sum()) + len(depth_S) - carried
             masked = MASK_COST * (len(depth_S) - carried) * len(depth_S)
             if pairs + STRAND_PAIRS * len(strands) < masked:
@@ -108,10 +110,10 @@ class TreeAttend:
         if reach not in self._blocks:
             self._blocks[reach] = carried_mask(self.visibility, self.carried, reach, self.config)
         mask, gap, queries, keys = self._blocks[reach]
-        q = _longer(q_MND, queries - len(q_MND))
+        q = longer(q_MND, queries - len(q_MND))
         behind = keys - len(k_SKD) - gap
         k, v = (
-            torch.cat([_longer(x[: self.carried], gap), _longer(x[self.carried :], behind)])
+            torch.cat([longer(x[: self.carried], gap), longer(x[self.carried :], behind)])
             for x in (k_SKD, v_SKD)
         )
         return flex(q, k, v, mask, compiled_flex())[: len(q_MND)].flatten(1)
@@ -158,7 +160,3 @@ def carried_mask(
         seq_lengths=(queries, keys),
     )
     return mask, gap, queries, keys
-
-
-def _longer(x_MND: Tensor, more: int) -> Tensor:
-    return F.pad(x_MND, (0, 0, 0, 0, 0, more)) if more else x_MND

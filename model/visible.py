@@ -136,14 +136,17 @@ class VisibleAttend:
     """Attention of flat tokens by their visibility, in every layer of a model of this config.
 
     A layer's mask is built at its kind's first use and kept, so one object must serve one pack.
-    Checkpointed blocks may close over it. Raises ModelError for another number of tokens.
+    Checkpointed blocks may close over it. `parts`: the same tokens', if they are made already.
+    Raises ModelError for another number of tokens.
     """
 
-    def __init__(self, visibility: Visibility, config: ModelConfig) -> None:
+    def __init__(
+        self, visibility: Visibility, config: ModelConfig, parts: PartAttend | None = None
+    ) -> None:
         self.visibility, self.config = visibility, config
         self._dense: dict[Reach, Tensor] = {}
         self._blocks: dict[Reach, BlockMask] = {}
-        self._parts = PartAttend(visibility.depth_M)
+        self._parts = parts or PartAttend(visibility.depth_M)
         self.padding = whole_blocks(len(visibility), config) * BLOCK - len(visibility)
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:

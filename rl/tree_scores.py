@@ -12,6 +12,7 @@ from torch import Tensor
 from model.moe import RoutingTape, float_of
 from model.scoring import score_hidden
 from model.transformer import Transformer
+from model.upload import upload
 from model.visible import Visibility, VisibleAttend
 from rl.prefix_tree import Ints, Pack
 
@@ -22,7 +23,7 @@ def score_pack(
     """log π of every trained token, differentiably, and the entropy it was drawn from (both n,
     call after call, as the pack lists them)."""
     ids_M, depth_M, tout_M = (
-        torch.from_numpy(x).to(model.device) for x in (pack.ids_M, pack.depth_M, pack.tout_M)
+        upload(x, model.device) for x in (pack.ids_M, pack.depth_M, pack.tout_M)
     )
     attend = VisibleAttend(Visibility(tout_M, depth_M), model.config)
     x_MH = model.run(ids_M, depth_M, attend, tape)
@@ -42,10 +43,10 @@ def score_pairs(
         predictor_n * model.config.vocab_size + target_n, return_inverse=True
     )
     predictor_u, target_u = np.divmod(pair_u, model.config.vocab_size)
-    x_uH = x_MH.index_select(0, torch.from_numpy(predictor_u).to(device))
+    x_uH = x_MH.index_select(0, upload(predictor_u, device))
     scale = torch.full((1, 1), temperature, device=device, dtype=float_of(x_uH.dtype))
-    logp_u, entropy_u = score_hidden(model, x_uH, torch.from_numpy(target_u).to(device), scale)
+    logp_u, entropy_u = score_hidden(model, x_uH, upload(target_u, device), scale)
     if len(pair_u) == len(predictor_n) and bool((np.diff(which_n) == 1).all()):
         return logp_u, entropy_u
-    which = torch.from_numpy(which_n).to(device)
+    which = upload(which_n, device)
     return logp_u.index_select(0, which), entropy_u.index_select(0, which)

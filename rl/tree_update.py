@@ -25,9 +25,10 @@ from torch import Tensor
 
 from model.attention import Attend, CausalAttend, PackedAttend
 from model.moe import RoutingTape, float_of
-from model.strands import STRAND_PAIRS
+from model.strands import STRAND_PAIRS, find_strands
 from model.transformer import Transformer
 from model.tree_attend import KeysValues, TreeAttend
+from model.upload import upload
 from model.visible import Visibility
 from rl.backward import Sums
 from rl.objectives import Objective, Terms, Tokens, shares
@@ -190,7 +191,8 @@ class _Table:
                     f"{len(sample.logprobs)} log-probs; record one for each"
                 )
         lengths_C = np.array([len(s.response_ids) for s in samples], np.int64)
-        rollout_f = np.fromiter((x for s in samples for x in s.logprobs), np.float64)
+        logprobs = [np.asarray(s.logprobs, np.float64) for s in samples]
+        rollout_f = np.concatenate(logprobs) if logprobs else np.zeros(0)
         finite_f = np.isfinite(rollout_f)
         call_f = np.repeat(np.arange(len(samples)), lengths_C)
         trained_C = np.bincount(call_f[finite_f], minlength=len(samples))
@@ -267,7 +269,7 @@ class _Run:
             forced_LMk[:, opened.local] = opened.choices_LOk
         if forced_LMk is None and not self.count_load:
             return None
-        times_M = torch.from_numpy(pack.calls_M[piece.own_M]).to(self.model.device)
+        times_M = upload(pack.calls_M[piece.own_M], self.model.device)
         return RoutingTape(forced_LMk, times_M)
 
     def _loss(self, pack: Pack, piece: Piece, x_MH: Tensor) -> Tensor | None:
@@ -289,7 +291,7 @@ class _Run:
         table = self.table
         columns = (table.rollout_f, table.advantage_f, table.share_f)
         tokens = Tokens(
-            logp_n, *(torch.from_numpy(x[place_n]).to(logp_n.device, logp_n.dtype) for x in columns)
+            logp_n, *(upload(x[place_n], logp_n.device).to(logp_n.dtype) for x in columns)
         )
         terms = self.objective.loss(tokens)
         self.terms.append(replace(terms, loss=terms.loss.detach()))
@@ -330,7 +332,7 @@ class _OpenPaths:
         )
 
     def _places(self, index: Ints) -> Tensor:
-        return torch.from_numpy(np.searchsorted(self.open_O, index)).to(self.model.device)
+        return upload(np.searchsorted(self.open_O, index), self.model.device)
 
     @torch.no_grad()
     def add(self, pack: Pack, piece: Piece) -> None:
@@ -350,7 +352,7 @@ class _OpenPaths:
         """Which of a piece's own tokens are open."""
         index = np.intersect1d(piece.own_M, self.open_O, assume_unique=True)
         stored = self._places(index)
-        local = torch.from_numpy(index - piece.own_M[0]).to(self.model.device)
+        local = upload(index - piece.own_M[0], self.model.device)
         return _Opened(local, stored, self._choices_LOk[:, stored])
 
     def leaves(self, piece: Piece) -> list[KeysValues]:
@@ -380,9 +382,7 @@ class _OpenPaths:
 def _run(
     model: Transformer, pack: Pack, piece: Piece, attend: Attend, tape: RoutingTape | None
 ) -> Tensor:
-    ids_M, depth_M = (
-        torch.from_numpy(x[piece.own_M]).to(model.device) for x in (pack.ids_M, pack.depth_M)
-    )
+    ids_M, depth_M = (upload(x[piece.own_M], model.device) for x in (pack.ids_M, pack.depth_M))
     return model.run(ids_M, depth_M, attend, tape)
 
 
@@ -405,15 +405,16 @@ def _attend(
                 place_M = np.repeat(np.arange(rows), lengths) * longest + depth_S
                 place = torch.from_numpy(place_M)
                 return PackedAttend(model.config, rows, longest, place)
-    seen = Visibility(*(torch.from_numpy(x).to(device) for x in (tout_S, depth_S)))
-    return TreeAttend(seen, model.config, past, carried)
+    seen = Visibility(*(upload(x, device) for x in (tout_S, depth_S)))
+    strands = find_strands(torch.from_numpy(depth_S), carried)
+    return TreeAttend(seen, model.config, past, carried, strands)
 
 
 def _forced(model: Transformer, pack: Pack, piece: Piece) -> Tensor | None:
     """The recorded experts of a piece's tokens, (L, M, k)."""
     if pack.labels_MX is None:
         return None
-    labels_MX = torch.from_numpy(pack.labels_MX[piece.own_M]).to(model.device)
+    labels_MX = upload(pack.labels_MX[piece.own_M], model.device)
     shape = (len(labels_MX), model.config.num_hidden_layers, model.config.num_experts_per_tok)
     if labels_MX.shape[1] != shape[1] * shape[2]:
         raise ValueError(

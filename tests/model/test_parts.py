@@ -5,14 +5,22 @@ from itertools import pairwise
 import pytest
 import torch
 
+from benchmarks import parts as bench
 from model import parts
 from model.part_attend import PartAttend, divided_attention, suits
 from model.part_kernels import Places, join
 from model.parts import Part, Row, divide, division
 from model.strands import Strand, find_strands
-from model.visible import Visibility, dense_mask, row_visibility
+from model.visible import dense_mask, row_visibility
 from model.window import EVERYTHING
-from tests.model.test_tree_attend import by_mask, drawn, equal_gradients, piece_of, random_tree
+from tests.model.test_tree_attend import (
+    by_mask,
+    drawn,
+    equal_gradients,
+    piece_of,
+    random_tree,
+    tree_of,
+)
 
 
 class Plain:
@@ -23,14 +31,15 @@ class Plain:
 
     def part(self, part, q, k, v):
         self.calls += 1
-        assert part.sizes == (len(q), len(k))
+        assert part.sizes == (len(q) - part.padding, len(k) - part.padding)
         return forward(q, k, v, self.seen_by(part))
 
     def part_backward(self, part, grad, q, k, v, out, lse):
         return backward(grad, q, k, v, out, lse, self.seen_by(part))
 
     def seen_by(self, part):
-        seen = torch.ones(part.sizes, dtype=torch.bool)
+        queries, keys = part.sizes
+        seen = torch.ones(queries + part.padding, keys + part.padding, dtype=torch.bool)
         return seen.tril() if part.causal else seen
 
     def rows(self, rows, q, k, v):
@@ -117,6 +126,15 @@ def test_larger_trees_with_every_kind_of_part(begin, seed, monkeypatch):
     assert found.rectangles and any(len(row.runs) > 1 for row in found.rows)
 
 
+def test_squares_are_lengthened_where_their_ends_are_long(monkeypatch):
+    monkeypatch.setattr(parts, "LEAST", 16)
+    rows = row_visibility([147, 145, 144, 64, 67, 65])  # steps of 4 in an octave
+    found = check(rows, 0, 2)
+    square = [(part.sizes[0], part.padding) for part in found.squares]
+    assert square == [(147, 1), (144, 0), (144, 0), (64, 0), (67, 1), (64, 0)]
+    assert [(row.begin, row.end) for row in found.rows] == [(291, 292), (631, 632)]
+
+
 def test_strands_of_rows_a_tree_and_a_piece_behind_a_path():
     rows = row_visibility([3, 2])
     assert find_strands(rows.depth_M) == [Strand(0, 3, ()), Strand(3, 5, ())]
@@ -171,10 +189,12 @@ def test_new_lengths_meet_sizes_seen_before():
     for length in range(1, 70_000, 137):
         strands = [Strand(0, length, ()), Strand(length, 2 * length + 5000, ((0, length),))]
         found = division(strands)
-        squares |= {part.sizes for part in found.squares}
+        squares |= {part.sizes[0] + part.padding for part in found.squares}
         rectangles |= {part.sizes for part in found.rectangles if part.planned}
         if length >= parts.LEAST:
-            assert found.squares[0].sizes[0] > 15 / 16 * length
+            covered, padding = found.squares[0].sizes[0], found.squares[0].padding
+            assert 15 / 16 * length < covered <= length and padding < length / 16
+            assert not padding or covered == length
         for part in found.rectangles:  # what has no plan is little
             assert part.planned or part.pairs <= (1 / 8 + 1 / 4) * strands[1].pairs
     assert len(squares) <= 3 * 16 + 4 * 32 + 32
@@ -217,11 +237,7 @@ def test_long_strands_are_divided_and_short_ones_are_not():
 def test_parts_on_cuda(carried):
     """cuDNN's and the flash kernel joined, forward and backward, against float64."""
     tree = agents(2, 3, 3000, 300, 900)
-    tout = [
-        next((j for j in range(i + 1, len(tree)) if tree[j] <= tree[i]), len(tree))
-        for i in range(len(tree))
-    ]
-    piece = Visibility(torch.tensor(tout), tree)
+    piece = tree_of(tree.tolist())
     generator = torch.Generator().manual_seed(0)
     values = [
         torch.randn(n, h, 128, generator=generator).to(torch.bfloat16).cuda()
@@ -234,7 +250,8 @@ def test_parts_on_cuda(carried):
     mine = [x.clone().requires_grad_() for x in values]
     assert suits(mine[0])
     found = division(find_strands(tree, carried), carried)
-    assert found.squares and any(len(row.runs) > 1 for row in found.rows)
+    assert any(len(row.runs) > 1 for row in found.rows)
+    assert carried or any(part.padding for part in found.squares)
     assert {part.planned for part in found.rectangles} == {True, False}
     out = divided_attention(*mine, found, Places.of(found.rows, mine[0].device))
     grads = torch.autograd.grad(out, mine, grad)
@@ -252,3 +269,13 @@ def test_joining_on_cuda_is_the_plain_formula():
     join(out, lse, more, more_lse)
     assert (cuda[0].cpu() - out).abs().max() < 1e-5
     assert (cuda[1].cpu() - lse).abs().max() < 1e-5
+
+
+def test_the_benchmark_of_choices_makes_trees_and_runs_without_a_gpu():
+    for shape in bench.shapes(small=True):
+        mine, theirs = shape.visibility(torch.device("cpu")), tree_of(shape.depth)
+        assert mine.tout_M.equal(theirs.tout_M) and mine.depth_M.equal(theirs.depth_M)
+    rows = bench.measure(repeats=1)["rows"]
+    assert [row["chosen"] for row in rows] == ["flex"] * 3
+    assert [row["pairs"] for row in rows] == [15_150, 46_560, 43_300]
+    assert all(row["flex_ms"] > 0 for row in rows)

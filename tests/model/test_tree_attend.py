@@ -23,10 +23,16 @@ def random_tree(tokens, seed, turn=0.1):
     while len(depth) < tokens:
         turns = rng.random() < turn
         depth.append(rng.randrange(depth[-1] + 1) if turns else depth[-1] + 1)
-    tout = [
-        next((j for j in range(i + 1, tokens) if depth[j] <= depth[i]), tokens)
-        for i in range(tokens)
-    ]
+    return tree_of(depth)
+
+
+def tree_of(depth):
+    """The tree of these depths in pre-order: a token's subtree ends where another is as high."""
+    tout, path = [len(depth)] * len(depth), []
+    for place, own in enumerate(depth):
+        while path and depth[path[-1]] >= own:
+            tout[path.pop()] = place
+        path.append(place)
     return Visibility(torch.tensor(tout), torch.tensor(depth))
 
 
