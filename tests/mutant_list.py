@@ -274,7 +274,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "tree-shared-token-loaded-once",
         "rl/tree_update.py",
-        "        times_M = torch.from_numpy(pack.calls_M[piece.own_M]).to(self.model.device)",
+        "        times_M = upload(pack.calls_M[piece.own_M], self.model.device)",
         "        times_M = torch.ones(len(piece.own_M), dtype=torch.long)",
         (f"{TREE}test_every_plan_gives_the_gradients_of_one_pass_a_call",),
     ),
@@ -566,6 +566,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "out_sND * old_sN1 + more_sND * more_sN1",
         "(out_sND + more_sND) / 2",
         (f"{ATTENTION}test_parts_are_the_rule_forward_and_backward",),
+    ),
+    Mutant(
+        "parts-padding-with-a-gradient",
+        "model/part_attend.py",
+        "grad, q, out = (longer(x[at], more) for x in (grad_MND, q_MND, out_MND))",
+        "q, out = (longer(x[at], more) for x in (q_MND, out_MND)); "
+        "grad = F.pad(grad_MND[at], (0, 0, 0, 0, 0, more), value=1.0)",
+        (f"{ATTENTION}test_squares_are_lengthened_where_their_ends_are_long",),
     ),
     Mutant(
         "parts-gradient-overwritten",
