@@ -1,8 +1,12 @@
-"""What a GPU's memory holds while something runs: sampled beside it with nvidia-smi."""
+"""What a GPU's memory holds while something runs: sampled beside it with nvidia-smi.
+
+The card is the first that CUDA_VISIBLE_DEVICES names, as children of the benchmark see it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import threading
@@ -17,7 +21,7 @@ MIB = 2**20 / 1e9  # GB
 
 @dataclass
 class CardUse:
-    """GB of the first card. `before`: in use at the start; `peak`: the most that was seen;
+    """GB of the card. `before`: in use at the start; `peak`: the most that was seen;
     `by_role`: the most that processes of a role held together, where the driver tells their pids;
     `busy`: mean share of time with a kernel running, 0 … 1."""
 
@@ -29,7 +33,8 @@ class CardUse:
 
 
 def _ask(what: str, kind: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-{kind}={what}", "--format=csv,noheader,nounits"]
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    command = ["nvidia-smi", "-i", card, f"--query-{kind}={what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

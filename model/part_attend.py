@@ -9,7 +9,7 @@ N query and K key heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.part_kernels import Kernel, Places, TorchKernel, join, longer
-from model.parts import Division, divide
+from model.parts import Division, Part, divide
 from model.strands import Strand, find_strands
 
 HALF = (torch.bfloat16, torch.float16)
@@ -96,9 +96,8 @@ class _PartAttention(torch.autograd.Function):
         out_MND = torch.empty_like(q_MND)
         lse_NM = torch.empty(q_MND.shape[1], len(q_MND), dtype=wide, device=q_MND.device)
         for part in division.squares:
-            at, keys, tokens = part.queries, part.keys, part.sizes[0]
-            values = q_MND[at], k_SKD[keys], v_SKD[keys]
-            out, lse = kernel.part(part, *(longer(x, part.padding) for x in values))
+            at, tokens = part.queries, part.sizes[0]
+            out, lse = kernel.part(part, *_values(part, (q_MND,), (k_SKD, v_SKD)))
             out_MND[at], lse_NM[:, at] = out[:tokens], lse[:, :tokens]
         if places is not None:
             q_RND = q_MND.index_select(0, places.query_R)
@@ -107,8 +106,8 @@ class _PartAttention(torch.autograd.Function):
             out_MND.index_copy_(0, places.query_R, found_RND)
             lse_NM.index_copy_(1, places.query_R, lse_NR)
         for part in division.rectangles:
-            at, keys = part.queries, part.keys
-            found = kernel.part(part, q_MND[at], k_SKD[keys], v_SKD[keys])
+            at = part.queries
+            found = kernel.part(part, *_values(part, (q_MND,), (k_SKD, v_SKD)))
             join(out_MND[at], lse_NM[:, at], *found)
         ctx.save_for_backward(q_MND, k_SKD, v_SKD, out_MND, lse_NM)
         ctx.division, ctx.places, ctx.kernel = division, places, kernel
@@ -130,12 +129,11 @@ class _PartAttention(torch.autograd.Function):
             grad_k_SKD.index_add_(0, places.key_G, dk.to(wide))
             grad_v_SKD.index_add_(0, places.key_G, dv.to(wide))
         for part in (*ctx.division.squares, *ctx.division.rectangles):
-            at, keys, more = part.queries, part.keys, part.padding
-            grad, q, out = (longer(x[at], more) for x in (grad_MND, q_MND, out_MND))
-            k, v = (longer(x[keys], more) for x in (k_SKD, v_SKD))
-            lse = F.pad(lse_NM[:, at], (0, more)) if more else lse_NM[:, at].contiguous()
-            # no padded query hands anything back: its gradient and output are 0
-            dq, dk, dv = ctx.kernel.part_backward(part, grad, q, k, v, out, lse)
+            at, keys = part.queries, part.keys
+            grad, q, out, k, v = _values(part, (grad_MND, q_MND, out_MND), (k_SKD, v_SKD))
+            # of a padded query all weights are 0, as its log-sum is infinite
+            lse = F.pad(lse_NM[:, at], (0, part.padding), value=torch.inf)
+            dq, dk, dv = ctx.kernel.part_backward(part, grad, q, k, v, out, lse.contiguous())
             queries, seen = part.sizes
             if part.causal:
                 grad_q_MND[at] = dq[:queries]
@@ -147,3 +145,12 @@ class _PartAttention(torch.autograd.Function):
             *(grad_q_MND, grad_k_SKD.to(k_SKD.dtype), grad_v_SKD.to(v_SKD.dtype)),
             *(None, None, None),
         )
+
+
+def _values(part: Part, by_query: Sequence[Tensor], by_key: Sequence[Tensor]) -> Iterator[Tensor]:
+    """A part's rows of these; behind them as padding what stands there, else zeros."""
+    for at, values in ((part.queries, by_query), (part.keys, by_key)):
+        end = at.stop + part.padding
+        for x in values:
+            whole = end <= len(x) or not part.padding
+            yield x[at.start : end] if whole else longer(x[at], part.padding)

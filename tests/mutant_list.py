@@ -570,9 +570,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "parts-padding-with-a-gradient",
         "model/part_attend.py",
-        "grad, q, out = (longer(x[at], more) for x in (grad_MND, q_MND, out_MND))",
-        "q, out = (longer(x[at], more) for x in (q_MND, out_MND)); "
-        "grad = F.pad(grad_MND[at], (0, 0, 0, 0, 0, more), value=1.0)",
+        "value=torch.inf",
+        "value=0.0",
         (f"{ATTENTION}test_squares_are_lengthened_where_their_ends_are_long",),
     ),
     Mutant(

@@ -116,11 +116,13 @@ def test_logs_are_packed_without_weights(tmp_path: Path) -> None:
 
 
 def test_the_cards_use_by_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program in nvidia-smi's place: 1,000 MiB at first, then 3,000 with two processes."""
+    """A program in nvidia-smi's place: of the card that children see, the third, 1,000 MiB at
+    first, then 3,000 with two processes; of others nothing."""
     count = tmp_path / "count"
     (tmp_path / "nvidia-smi").write_text(
         f"""#!/bin/sh
-case "$1" in
+[ "$1 $2" = "-i 2" ] || exit 6
+case "$3" in
 *gpu=*) if [ -e {count} ]; then echo '3000, 50'; else echo '1000, 0'; touch {count}; fi ;;
 *) printf '7, 1500\\n8, 400\\n9, [N/A]\\n' ;;
 esac
@@ -128,6 +130,7 @@ esac
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     monkeypatch.setattr(gpu_card, "PERIOD_S", 0.01)
     with gpu_card.watched({7: "engine", 8: "trainer", 9: "x"}.__getitem__) as use:
         deadline = time.monotonic() + 20
