@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rl.arms.statistics import slope_of, student, val_difference
 from rl.cli import run_main
 from rl.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 CHILD = (sys.executable, str(Path(__file__).with_name("arms_child.py")))
 
 
@@ -224,6 +226,17 @@ def test_the_report_goes_into_a_page_and_again(
     page.write_text("no marks")
     assert run_main(command.main, ["report", str(logs), "--into", str(page)]) == 2
     assert "tables: begin" in capsys.readouterr().err and page.read_text() == "no marks"
+
+
+def test_the_pages_tables_are_those_of_the_committed_logs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    shutil.copy(ROOT / "docs" / "objectives.md", page)
+    logs = ROOT / "benchmarks" / "results" / "objectives-h200"
+    done = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
+    arms = {log.arm.name for log in done if log.arm is not None and log.done is not None}
+    assert arms == {arm.name for arm in grid(MAIN, (1, 4), (0, 1, 2))}
+    assert command.main(["report", str(logs), "--into", str(page)]) == 0
+    assert page.read_text() == (ROOT / "docs" / "objectives.md").read_text()
 
 
 def test_logs_of_other_settings_or_none_are_refused(tmp_path: Path) -> None:
