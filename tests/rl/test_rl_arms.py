@@ -234,7 +234,7 @@ def test_the_pages_tables_are_those_of_the_committed_logs(tmp_path: Path) -> Non
     logs = ROOT / "benchmarks" / "results" / "objectives-h200"
     done = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
     arms = {log.arm.name for log in done if log.arm is not None and log.done is not None}
-    assert arms == {arm.name for arm in grid(MAIN, (1, 4), (0, 1, 2))}
+    assert arms >= {arm.name for arm in grid(MAIN, (1, 4), (0, 1, 2))}
     assert command.main(["report", str(logs), "--into", str(page)]) == 0
     assert page.read_text() == (ROOT / "docs" / "objectives.md").read_text()
 
