@@ -36,6 +36,13 @@ from model.visible import Visibility, VisibleAttend, row_visibility
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 FORWARD_AND_BACKWARD = 3.5
+CONFIG = replace(
+    PRESETS["nano"],
+    num_hidden_layers=1,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+)
 AHEAD = 40_000_000  # cycles of the card, about 20 ms
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -160,19 +167,23 @@ def milliseconds(case: Case, device: torch.device) -> float:
     return float(start.elapsed_time(end))
 
 
+def in_turns(
+    cases: Sequence[Case], device: torch.device, repeats: int, untimed: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each case's passes, after some untimed ones."""
+    times: dict[str, list[float]] = {case.name: [] for case in cases}
+    for _ in range(untimed + repeats):
+        for case in cases:
+            times[case.name].append(milliseconds(case, device))
+    return {name: found[untimed:] for name, found in times.items()}
+
+
 def measure(repeats: int) -> dict[str, Any]:
     """All cases in turns, after one untimed pass each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = LARGE if device.type == "cuda" else SMALL
-    config = replace(
-        PRESETS["nano"],
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-    )
     near = replace(
-        config,
+        CONFIG,
         attn_type_list=(WINDOW,),
         sliding_window=sizes.window,
         num_sink_tokens=sizes.sinks,
@@ -181,19 +192,14 @@ def measure(repeats: int) -> dict[str, Any]:
     joined = row_visibility(lengths, device)
     found = [
         sdpa(sizes.plain),
-        ours("plain", row_visibility([sizes.plain], device), config),
+        ours("plain", row_visibility([sizes.plain], device), CONFIG),
         varlen(lengths, device),
-        ours("joined", joined, config),
+        ours("joined", joined, CONFIG),
         ours("window", joined, near),
-        ours("tree", tree_visibility(sizes, device), config),
+        ours("tree", tree_visibility(sizes, device), CONFIG),
     ]
     cases = [case for case in found if case is not None]
-    times: dict[str, list[float]] = {case.name: [] for case in cases}
-    for repeat in range(repeats + 1):
-        for case in cases:
-            took = milliseconds(case, device)
-            if repeat:
-                times[case.name].append(took)
+    times = in_turns(cases, device, repeats, untimed=1)
     rows: list[dict[str, Any]] = []
     rate: dict[str, float] = {}
     took_ms: dict[str, float] = {}

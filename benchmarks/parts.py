@@ -26,14 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, Case, milliseconds
+from benchmarks.attention import CONFIG, Case, in_turns
 from benchmarks.common import emit, report
-from model.config import PRESETS, ModelConfig
 from model.part_attend import PartAttend, divided_attention
 from model.part_kernels import Places
 from model.parts import Division, Row, divide, division
 from model.strands import find_strands
-from model.visible import Visibility, VisibleAttend
+from model.visible import VisibleAttend, forest_visibility
 
 REGRET = 1.15
 
@@ -51,14 +50,6 @@ class Shape:
 
     name: str
     depth: list[int]
-
-    def visibility(self, device: torch.device) -> Visibility:
-        tout, path = [len(self.depth)] * len(self.depth), list[int]()
-        for place, own in enumerate(self.depth):
-            while path and self.depth[path[-1]] >= own:
-                tout[path.pop()] = place
-            path.append(place)
-        return Visibility(torch.tensor(tout).to(device), torch.tensor(self.depth).to(device))
 
 
 def rows(length: int, total: int) -> Shape:
@@ -104,38 +95,28 @@ def in_parts(shape: Shape, found: Division, device: torch.device, pairs: int) ->
     return Case("parts", run, len(shape.depth), pairs)
 
 
-def masked(shape: Shape, config: ModelConfig, device: torch.device, pairs: int) -> Case:
-    seen = shape.visibility(device)
-    attend = VisibleAttend(seen, config, _Never(seen.depth_M))
+def masked(shape: Shape, device: torch.device, pairs: int) -> Case:
+    seen = forest_visibility(shape.depth, device)
+    attend = VisibleAttend(seen, CONFIG, _Never(seen.depth_M))
     return Case("flex", lambda q, k, v: attend(0, q, k, v), len(shape.depth), pairs)
 
 
 def timed(cases: Sequence[Case], device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds of each, in turns, after two untimed passes."""
-    times: dict[str, list[float]] = {case.name: [] for case in cases}
-    for _ in range(repeats + 2):
-        for case in cases:
-            times[case.name].append(milliseconds(case, device))
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    times = in_turns(cases, device, repeats, untimed=2)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(repeats: int) -> dict[str, Any]:
     """All shapes both ways. On a CPU there is only the mask: it shows that this runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    config = replace(
-        PRESETS["nano"],
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-    )
     table: list[dict[str, Any]] = []
     regret, error = [1.0], [1.0]
     for shape in shapes(not cuda):
         strands = find_strands(torch.tensor(shape.depth))
         found, chosen = division(strands), divide(strands)
-        cases = [masked(shape, config, device, found.pairs)]
+        cases = [masked(shape, device, found.pairs)]
         if cuda:
             cases.append(in_parts(shape, found, device, found.pairs))
         ms = timed(cases, device, repeats)
@@ -159,18 +140,18 @@ def measure(repeats: int) -> dict[str, Any]:
     figures: dict[str, float] = {}
     if cuda:
         figures |= {"regret_max": max(regret), "estimate_error_max": max(error)}
-        figures |= pair_costs(config, device, repeats)
+        figures |= pair_costs(device, repeats)
     return report("parts", figures, table, ("torch", "triton"))
 
 
-def pair_costs(config: ModelConfig, device: torch.device, repeats: int) -> dict[str, float]:
+def pair_costs(device: torch.device, repeats: int) -> dict[str, float]:
     """A pair in squares with a plan and in gathered rows, where flex attention takes 1."""
     shape = rows(8192, 8 * 8192)
     found = division(find_strands(torch.tensor(shape.depth)))
     as_rows = tuple(Row(i * 8192, (i + 1) * 8192, ((i * 8192, (i + 1) * 8192),)) for i in range(8))
     took = timed(
         [
-            masked(shape, config, device, found.pairs),
+            masked(shape, device, found.pairs),
             in_parts(shape, found, device, found.pairs),
             replace(in_parts(shape, Division((), as_rows, ()), device, found.pairs), name="rows"),
         ],

@@ -74,6 +74,19 @@ def row_visibility(
     return Visibility(end_B[row_M], place_M - (end_B - length_B)[row_M])
 
 
+def forest_visibility(
+    depths: Sequence[int], device: torch.device | str | None = None
+) -> Visibility:
+    """Of a forest in pre-order by its tokens' depths: a subtree ends where another token is as
+    high."""
+    tout, path = [len(depths)] * len(depths), list[int]()
+    for place, depth in enumerate(depths):
+        while path and depths[path[-1]] >= depth:
+            tout[path.pop()] = place
+        path.append(place)
+    return Visibility(torch.tensor(tout, device=device), torch.tensor(depths, device=device))
+
+
 def mask_mod(tout_T: Tensor, depth_T: Tensor, until_T: Tensor | None) -> MaskMod:
     """The rule for flex attention. All masks come from here and hold tensors only, so that packs
     of all lengths, and windows of all sizes, share compiled code."""

@@ -11,7 +11,7 @@ from model.part_attend import PartAttend, divided_attention, suits
 from model.part_kernels import Places, join
 from model.parts import Part, Row, divide, division
 from model.strands import Strand, find_strands
-from model.visible import dense_mask, row_visibility
+from model.visible import dense_mask, forest_visibility, row_visibility
 from model.window import EVERYTHING
 from tests.model.test_tree_attend import (
     by_mask,
@@ -19,7 +19,6 @@ from tests.model.test_tree_attend import (
     equal_gradients,
     piece_of,
     random_tree,
-    tree_of,
 )
 
 
@@ -237,7 +236,7 @@ def test_long_strands_are_divided_and_short_ones_are_not():
 def test_parts_on_cuda(carried):
     """cuDNN's and the flash kernel joined, forward and backward, against float64."""
     tree = agents(2, 3, 3000, 300, 900)
-    piece = tree_of(tree.tolist())
+    piece = forest_visibility(tree.tolist())
     generator = torch.Generator().manual_seed(0)
     values = [
         torch.randn(n, h, 128, generator=generator).to(torch.bfloat16).cuda()
@@ -250,8 +249,8 @@ def test_parts_on_cuda(carried):
     mine = [x.clone().requires_grad_() for x in values]
     assert suits(mine[0])
     found = division(find_strands(tree, carried), carried)
-    assert any(len(row.runs) > 1 for row in found.rows)
-    assert carried or any(part.padding for part in found.squares)
+    assert found.squares and any(len(row.runs) > 1 for row in found.rows)
+    assert any(part.padding for part in found.squares)
     assert {part.planned for part in found.rectangles} == {True, False}
     out = divided_attention(*mine, found, Places.of(found.rows, mine[0].device))
     grads = torch.autograd.grad(out, mine, grad)
@@ -271,10 +270,18 @@ def test_joining_on_cuda_is_the_plain_formula():
     assert (cuda[1].cpu() - lse).abs().max() < 1e-5
 
 
-def test_the_benchmark_of_choices_makes_trees_and_runs_without_a_gpu():
-    for shape in bench.shapes(small=True):
-        mine, theirs = shape.visibility(torch.device("cpu")), tree_of(shape.depth)
-        assert mine.tout_M.equal(theirs.tout_M) and mine.depth_M.equal(theirs.depth_M)
+def test_a_forests_subtrees_end_where_another_token_is_as_high():
+    trees = [random_tree(200, seed, turn=0.3).depth_M.tolist() for seed in range(5)]
+    for depth in [shape.depth for shape in bench.shapes(small=True)] + trees:
+        tout = [
+            next((j for j in range(i + 1, len(depth)) if depth[j] <= depth[i]), len(depth))
+            for i in range(len(depth))
+        ]
+        found = forest_visibility(depth)
+        assert found.tout_M.tolist() == tout and found.depth_M.tolist() == depth
+
+
+def test_the_benchmark_of_choices_runs_without_a_gpu():
     rows = bench.measure(repeats=1)["rows"]
     assert [row["chosen"] for row in rows] == ["flex"] * 3
     assert [row["pairs"] for row in rows] == [15_150, 46_560, 43_300]

@@ -12,7 +12,7 @@ from model.errors import ModelError
 from model.flex import BLOCK
 from model.strands import find_strands, strand_attention
 from model.tree_attend import TreeAttend, carried_mask
-from model.visible import Visibility, dense_mask
+from model.visible import Visibility, dense_mask, forest_visibility
 from model.window import EVERYTHING, Reach
 
 
@@ -23,17 +23,7 @@ def random_tree(tokens, seed, turn=0.1):
     while len(depth) < tokens:
         turns = rng.random() < turn
         depth.append(rng.randrange(depth[-1] + 1) if turns else depth[-1] + 1)
-    return tree_of(depth)
-
-
-def tree_of(depth):
-    """The tree of these depths in pre-order: a token's subtree ends where another is as high."""
-    tout, path = [len(depth)] * len(depth), []
-    for place, own in enumerate(depth):
-        while path and depth[path[-1]] >= own:
-            tout[path.pop()] = place
-        path.append(place)
-    return Visibility(torch.tensor(tout), torch.tensor(depth))
+    return forest_visibility(depth)
 
 
 def piece_of(tree, begin, end):
